@@ -5,7 +5,8 @@ Read the modules in this order; each is imported by those after it, never the ot
     transformer  attention, the block, the encoder: the one model that everything here is
     text         a byte-pair tokenizer and token embeddings
     vision       patches, the Vision Transformer, a convolutional stem
-    clip         two towers and a contrastive loss (Radford et al. 2021)
+    contrastive  the losses that pull a picture to its own caption: softmax, sigmoid, tiled
+    clip         two towers that meet in one space (Radford et al. 2021)
     weights      strict, loud copying of weights from and to other libraries
     train        seeds, devices, a learning-rate schedule and one flat training loop
     metrics      accuracy, recall@k, calibration, error rates
