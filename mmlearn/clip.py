@@ -411,7 +411,8 @@ def zero_shot_classifier(
     device = model.logit_scale.device
     classifier = []
     for name in class_names:
-        batch = tokenizer([template.format(name) for template in templates])
+        prompts = [template.format(name) for template in templates]
+        batch = tokenizer(prompts, max_length=model.config.text.max_length)
         embeds = model.encode_text(batch.input_ids.to(device), batch.attention_mask.to(device))
         classifier.append(F.normalize(embeds.mean(dim=0), dim=-1))
     return torch.stack(classifier)

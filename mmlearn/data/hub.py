@@ -1,0 +1,119 @@
+"""The twins on the hub: larger, real sets behind the same loaders and the same fields.
+
+`datasets` looks for a folder of the set's name below the working directory before it asks the
+hub, so a copy in `./ylecun/mnist` (parquet files, or pictures with a `metadata.csv`) serves a
+classroom without a network, and a test. A set that was loaded once is kept in its cache.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mmlearn.data.records import at_least_one, one_of
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Name a set on the hub, and what its columns and splits are called there."""
+
+    path: str
+    # Ours on the left, the hub's on the right.
+    columns: dict[str, str]
+    splits: dict[str, str]
+    source: str
+    licence: str
+    # What the first load fetches.
+    download: str
+
+
+def rows(twin: Twin, split: str, size: int | None = None) -> Iterable[dict]:
+    """Load a split of a twin, or `size` rows that are drawn the same way every time.
+
+    Raises: ImportError without `datasets`; ConnectionError when the set cannot be had, naming
+    the ways back; ValueError for a split, a column or a number of rows that it does not have.
+    """
+    one_of(f"split of the hub set {twin.path!r}", split, tuple(twin.splits))
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(
+            'source="hub" needs the package datasets: run `pip install datasets`, or pass '
+            'source="embedded".'
+        ) from None
+
+    put_back = _stay_offline_if_unreachable(twin.path)
+    try:
+        table = load_dataset(twin.path, split=twin.splits[split])
+    except Exception as error:
+        # The chain below is pages of network code; its first line says what a person needs.
+        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ConnectionError(
+            f"The hub set {twin.path!r} could not be loaded ({cause.rstrip('. :')}), so go online "
+            f"once ({twin.download}), put a copy into the folder ./{twin.path}, or come back to "
+            'the data that needs no network with source="embedded" (DATA = "embedded" in a week).'
+        ) from None
+    finally:
+        put_back()
+
+    for ours, theirs in twin.columns.items():
+        if theirs not in table.column_names:
+            raise ValueError(
+                f"The hub set {twin.path!r} has no column {theirs!r}, which our {ours!r} comes "
+                f"from; it has {', '.join(map(repr, table.column_names))}."
+            )
+    if len(table) == 0:
+        raise ValueError(f"The hub set {twin.path}/{split} has no rows.")
+    column = twin.columns["images"]
+    if not isinstance(table[0][column], Image.Image):
+        raise ValueError(
+            f"The column {column!r} of the hub set {twin.path!r} must hold pictures, got a "
+            f"{type(table[0][column]).__name__}."
+        )
+    if size is None:
+        return table
+    if at_least_one("size", size) > len(table):
+        raise ValueError(
+            f"size must be at most {len(table)}, the rows in {twin.path}/{split}, got {size}."
+        )
+    # The hub's order may mean something (the second half of MNIST's test set is harder).
+    return table.select(np.random.default_rng(0).permutation(len(table))[:size])
+
+
+def to_tensor(
+    pictures: Iterable[Image.Image], mode: str, pixels: int
+) -> Float[Tensor, "B channels height width"]:
+    """Scale each picture's shorter side to `pixels`, cut the middle square, and stack them."""
+    side = (at_least_one("pixels", pixels), pixels)
+    squares = [
+        np.asarray(ImageOps.fit(picture.convert(mode), side, Image.Resampling.BICUBIC))
+        for picture in pictures
+    ]
+    stacked = torch.from_numpy(np.stack(squares)).to(torch.float32) / 255
+    return stacked.unsqueeze(1) if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
+
+
+def _stay_offline_if_unreachable(path: str) -> Callable[[], None]:
+    """Spare the 23 seconds of retries that `datasets` spends before it looks into its cache."""
+    from datasets import config
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    before = config.HF_HUB_OFFLINE
+    if not Path(path).is_dir():
+        try:
+            HfApi().dataset_info(path, timeout=10)
+        except HfHubHTTPError:
+            pass  # The hub answered: let load_dataset say what is wrong.
+        except Exception:
+            config.HF_HUB_OFFLINE = True
+
+    def put_back() -> None:
+        config.HF_HUB_OFFLINE = before
+
+    return put_back

@@ -1,0 +1,169 @@
+"""The record that every captioned set is, and the loader that cuts it into batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+
+@dataclass(frozen=True)
+class Example:
+    """Hold one picture, what is said about it, and its class."""
+
+    image: Float[Tensor, "channels height width"]
+    caption: str
+    label: int
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionedImages:
+    """Hold pictures with captions, by column: a whole set, a part of it and a batch are all this.
+
+    images       brightness from 0 to 1; one channel is grey, three are red, green, blue
+    captions     one for each picture, as written: not yet tokens
+    labels       each picture's row of class_names; -1 where the set has no classes
+    class_names  every class of the set, whether or not it occurs in this part
+    attributes   what else is known of each picture, in words: {"size": ["small", "large", ...]}
+    name         the set and the split, such as "scenes/unseen"
+    source       who made the pictures, and how
+    licence      what may be done with them
+
+    Raises: ValueError when the columns differ in length.
+    """
+
+    images: Float[Tensor, "B channels height width"]
+    captions: list[str]
+    labels: Int[Tensor, "B"]
+    class_names: list[str]
+    attributes: dict[str, list[str]] = field(default_factory=dict)
+    name: str = "unnamed"
+    source: str = "not stated"
+    licence: str = "not stated"
+
+    def __post_init__(self) -> None:
+        lengths = {"images": len(self.images), "captions": len(self.captions)}
+        lengths["labels"] = len(self.labels)
+        lengths.update({key: len(words) for key, words in self.attributes.items()})
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{key} {length}" for key, length in lengths.items())
+            raise ValueError(f"The columns of {self.name!r} must be equally long, but are: {told}.")
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, i: int) -> Example:
+        return Example(self.images[i], self.captions[i], int(self.labels[i]))
+
+    def subset(
+        self, indices: Sequence[int] | Int[Tensor, "chosen"] | Bool[Tensor, "B"]
+    ) -> "CaptionedImages":
+        """Take the named rows in the order given, or the rows where a mask is true.
+
+        Raises: ValueError when a row is out of range or none is chosen.
+        """
+        rows = torch.as_tensor(indices).cpu()
+        if rows.dtype == torch.bool:
+            if len(rows) != len(self):
+                raise ValueError(
+                    f"A mask over {self.name!r} needs {len(self)} rows, got {len(rows)}."
+                )
+            rows = rows.nonzero().flatten()
+        if len(rows) == 0:
+            raise ValueError(
+                f"indices must choose at least one of the {len(self)} rows, chose none."
+            )
+        if rows.min() < 0 or rows.max() >= len(self):
+            wrong = int(rows.min()) if rows.min() < 0 else int(rows.max())
+            raise ValueError(f"indices must lie in 0 to {len(self) - 1}, got {wrong}.")
+        chosen = rows.tolist()
+        rows = rows.to(self.images.device)
+        return replace(
+            self,
+            images=self.images[rows],
+            captions=[self.captions[i] for i in chosen],
+            labels=self.labels[rows],
+            attributes={key: [words[i] for i in chosen] for key, words in self.attributes.items()},
+        )
+
+    # How a DataLoader asks for a whole batch at once.
+    __getitems__ = subset
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "CaptionedImages":
+        """Move the tensors to a device; the words stay where they are."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+        )
+
+    def describe(self) -> str:
+        """Say in one line what this is."""
+        picture = "×".join(str(side) for side in self.images.shape[1:])
+        said = f", such as {self.captions[0]!r}" if self.captions else ""
+        return (
+            f"{self.name}: {len(self):,} pictures of {picture}, {len(self.class_names)} classes, "
+            f"{len(set(self.captions)):,} different captions{said}; licence: {self.licence}"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes that the pictures and labels take in memory."""
+        return self.images.nbytes + self.labels.nbytes
+
+
+def batches(
+    dataset: CaptionedImages,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    shuffle: bool = True,
+    drop_last: bool = True,
+) -> DataLoader:
+    """Cut a set into batches, in a new order each time the loader is walked through.
+
+    The order comes from `seed` and the number of walks alone, so two loaders made alike give the
+    same batches, whatever else drew random numbers. Each batch is a CaptionedImages. The short
+    batch at the end is dropped: a contrastive loss over fewer pairs is a different, easier task.
+    Raises: ValueError when batch_size cannot fill one batch.
+    """
+    at_least_one("batch_size", batch_size)
+    if drop_last and batch_size > len(dataset):
+        raise ValueError(
+            f"batch_size {batch_size} is more than the {len(dataset)} examples of "
+            f"{dataset.name!r}, so no batch would be left: take a smaller one, or drop_last=False."
+        )
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=_as_it_is,
+    )
+
+
+def _as_it_is(batch: CaptionedImages) -> CaptionedImages:
+    return batch
+
+
+def one_of(argument: str, value: str, valid: Sequence[str]) -> str:
+    """Return the value if it is one of the valid ones.
+
+    Raises: ValueError that names them.
+    """
+    if value not in valid:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, valid))}, got {value!r}.")
+    return value
+
+
+def at_least_one(argument: str, value: int) -> int:
+    """Return the value if it is 1 or more.
+
+    Raises: ValueError that names the argument.
+    """
+    if value < 1:
+        raise ValueError(f"{argument} must be 1 or more, got {value}.")
+    return value
