@@ -161,7 +161,7 @@ def fit(
 
 def move(batch, device: torch.device | str):
     """Return the batch with every tensor on `device`; tuples, lists and dicts keep their type."""
-    if isinstance(batch, Tensor):
+    if hasattr(batch, "to"):  # a tensor, or a record of tensors such as data.CaptionedImages
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: move(value, device) for key, value in batch.items()}

@@ -406,16 +406,18 @@ def test_the_gradebook_agrees_with_the_csv(graded):
 @pytest.mark.slow
 def test_what_did_not_change_is_not_run_again_and_what_changed_is(room):
     before = read_csv(room / "out")
-    ran = []
-    summary = grade(
-        room / "submitted", room / "out", folder=WEEKS, on_result=lambda *r: ran.append(r)
-    )
-    assert (ran, summary.graded, summary.kept) == ([], 0, 11)
+    told = []
+
+    def on_progress(*numbers):
+        told.append(numbers)
+
+    summary = grade(room / "submitted", room / "out", folder=WEEKS, on_progress=on_progress)
+    assert (told, summary.graded, summary.kept) == ([(0, 0)], 0, 11)
     assert read_csv(room / "out") == before
 
     hand_in(room / "submitted", "half_right", content("damaged"))
-    summary = grade(room / "submitted", room / "out", folder=WEEKS)
-    assert summary.graded == 1
+    summary = grade(room / "submitted", room / "out", folder=WEEKS, on_progress=on_progress)
+    assert (told[1:], summary.graded) == ([(0, 1), (1, 1)], 1)
     assert {r["status"] for r in rows_of(room / "out", "half_right").values()} == {"damaged"}
     unchanged = [r for r in before if r["student"] != "half_right"]
     assert [r for r in read_csv(room / "out") if r["student"] != "half_right"] == unchanged

@@ -140,8 +140,9 @@ def test_notebooks_are_small_and_without_outputs(week):
 
 def test_cells_are_short_enough_to_be_read(week):
     lengths = [cell.text.count("\n") + 1 for cell in code_cells(week)]
-    given = [cell.text.count("\n") + 1 for cell in week.given]
-    assert 3 <= statistics.median(given) <= 10
+    shown = [c for c in week.cells if c.kind == "code" and "parameters" not in c.tags]
+    given = [cell.text.count("\n") + 1 for cell in shown]
+    assert 3 <= statistics.median(given) <= 15  # a plot takes more lines than an idea
     assert max(given) <= 30
     assert max(lengths) <= 60  # a check with its hidden region
 

@@ -58,7 +58,7 @@ def show(figure, alt):
 # learn from and 510 for the test, which come from forms that are not in the training set. The
 # second is drawn: six shapes in six colours.
 
-# %%
+# %% tags=["experiment"]
 train_digits = digits.load("train", source=DATA, seed=SEED)
 test_digits = digits.load("test", source=DATA, seed=SEED)
 train_scenes = scenes.load("train", seed=SEED, size=6000)

@@ -97,23 +97,27 @@ def table(loaded: list[CaptionedImages]) -> str:
 def gallery(loaded: list[CaptionedImages], columns: int) -> Image.Image:
     """Draw the first pictures of each set in a row, each with its caption below."""
     heading, small = ImageFont.load_default(size=18), ImageFont.load_default(size=13)
-    step = TILE + GAP
-    row_height = 30 + TILE + 6 + 4 * LINE + GAP
-    page = Image.new("RGB", (columns * step + GAP, len(loaded) * row_height + GAP), PAPER)
+    # Nineteen letters of this size are as wide as a picture.
+    captions = [
+        [wrap(words, 19, max_lines=5, placeholder=" …") for words in each.captions[:columns]]
+        for each in loaded
+    ]
+    heights = [30 + TILE + 6 + max(map(len, row)) * LINE + GAP for row in captions]
+    page = Image.new("RGB", (columns * (TILE + GAP) + GAP, sum(heights) + GAP), PAPER)
     draw = ImageDraw.Draw(page)
-    for row, each in enumerate(loaded):
-        top = GAP + row * row_height
+    top = GAP
+    for each, row, height in zip(loaded, captions, heights):
         draw.text((GAP, top), each.name, fill=INK, font=heading)
         told = f"{len(each):,} pictures, {len(each.class_names)} classes. {each.licence}"
         after = GAP + draw.textlength(each.name, font=heading) + 14
         draw.text((after, top + 4), told, fill=FAINT, font=small)
-        for column in range(min(columns, len(each))):
-            left = GAP + column * step
+        for column, lines in enumerate(row):
+            left = GAP + column * (TILE + GAP)
             page.paste(_tile(each, column), (left, top + 30))
-            # Nineteen letters of this size are as wide as a picture.
-            for number, line in enumerate(wrap(each.captions[column], 19)[:4]):
-                at = (left, top + 30 + TILE + 6 + number * LINE)
-                draw.text(at, line, fill=INK, font=small)
+            for number, line in enumerate(lines):
+                below = top + 30 + TILE + 6 + number * LINE
+                draw.text((left, below), line, fill=INK, font=small)
+        top += height
     return page
 
 

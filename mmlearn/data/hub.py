@@ -1,11 +1,12 @@
 """The twins on the hub: larger, real sets behind the same loaders and the same fields.
 
 `datasets` looks for a folder of the set's name below the working directory before it asks the
-hub, so a copy in `./ylecun/mnist` (parquet files, or pictures with a `metadata.csv`) serves a
-classroom without a network, and a test. A set that was loaded once is kept in its cache.
+hub, so parquet files in `./ylecun/mnist/data` serve a classroom without a network, and a test. A
+set that was loaded once is kept in its cache.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,19 +48,17 @@ def rows(twin: Twin, split: str, size: int | None = None) -> Iterable[dict]:
             'source="embedded".'
         ) from None
 
-    put_back = _stay_offline_if_unreachable(twin.path)
     try:
-        table = load_dataset(twin.path, split=twin.splits[split])
+        with _from_the_cache_alone_if_unreachable(twin.path):
+            table = load_dataset(twin.path, split=twin.splits[split])
     except Exception as error:
         # The chain below is pages of network code; its first line says what a person needs.
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ConnectionError(
             f"The hub set {twin.path!r} could not be loaded ({cause.rstrip('. :')}), so go online "
-            f"once ({twin.download}), put a copy into the folder ./{twin.path}, or come back to "
-            'the data that needs no network with source="embedded" (DATA = "embedded" in a week).'
+            f"once ({twin.download}), put its parquet files into ./{twin.path}/data, or go back "
+            'to the data that needs no network: source="embedded" (DATA = "embedded" in a week).'
         ) from None
-    finally:
-        put_back()
 
     for ours, theirs in twin.columns.items():
         if theirs not in table.column_names:
@@ -98,7 +97,8 @@ def to_tensor(
     return stacked.unsqueeze(1) if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
 
 
-def _stay_offline_if_unreachable(path: str) -> Callable[[], None]:
+@contextmanager
+def _from_the_cache_alone_if_unreachable(path: str) -> Iterator[None]:
     """Spare the 23 seconds of retries that `datasets` spends before it looks into its cache."""
     from datasets import config
     from huggingface_hub import HfApi
@@ -112,8 +112,7 @@ def _stay_offline_if_unreachable(path: str) -> Callable[[], None]:
             pass  # The hub answered: let load_dataset say what is wrong.
         except Exception:
             config.HF_HUB_OFFLINE = True
-
-    def put_back() -> None:
+    try:
+        yield
+    finally:
         config.HF_HUB_OFFLINE = before
-
-    return put_back

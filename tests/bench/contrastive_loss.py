@@ -5,7 +5,6 @@ the tiled one holds a few tiles, whatever N is, and pays with one more matrix pr
 """
 
 import math
-import multiprocessing
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ import psutil
 import torch
 from _timing import (
     command_line,
+    fresh_processes,
     machine,
     milliseconds,
     ratio,
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     if min(*options.pairs, options.width, options.tile) < 1:
         sys.exit("--pairs, --width and --tile must be 1 or more")
     if options.quick:
-        options.pairs, options.width, options.tile, options.seconds = [64, 256], 32, 64, 0.1
+        options.pairs, options.width, options.tile, options.seconds = [256], 32, 64, 0.1
 
     before = machine(device)
     differences = check_equal(options, device)
@@ -167,11 +167,7 @@ def peak_bytes_alone(name: str, pairs: int, options, device) -> int:
     """Return a loss's peak beyond its inputs; on a CPU, measured in a fresh process."""
     if device.type == "cuda":
         return peak_bytes(name, pairs, options, device)
-    # The server imports the libraries once and never computes; each measurement forks from it.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    fresh = multiprocessing.get_context(method)
-    if method == "forkserver":
-        fresh.set_forkserver_preload(["transformers.models.clip.modeling_clip", "open_clip"])
+    fresh = fresh_processes("transformers.models.clip.modeling_clip", "open_clip")
     with ProcessPoolExecutor(1, fresh) as pool:
         try:
             return pool.submit(peak_bytes, name, pairs, options, device).result()
@@ -193,7 +189,7 @@ def peak_bytes(name: str, pairs: int, options, device) -> int:
         return torch.cuda.max_memory_allocated(device) - baseline
     baseline = reset_peak_resident()
     forward_backward(loss, inputs)
-    return peak_resident() - baseline
+    return max(1, peak_resident() - baseline)
 
 
 def reset_peak_resident() -> int:
@@ -258,12 +254,12 @@ def print_tables(rows: list[dict], verdicts: list[dict], differences: dict, opti
     """Print time, memory and verdicts."""
     times, memory = [], []
     for row in rows:
-        skipped = {name: "does not fit" for name in row["skipped"]}
+        skipped = dict.fromkeys(row["skipped"], "does not fit")
         shown = {name: milliseconds(values) for name, values in row["seconds"].items()} | skipped
         faster = {name: times_as_fast(values) for name, values in row["ratio"].items()}
         pairs = f"{row['pairs']:,}"
         times.append([pairs, *map(shown.get, LOSSES), *(faster.get(name, "") for name in FULL)])
-        peaks = {name: f"{value / MIB:,.0f}" for name, value in row["peak_bytes"].items()} | skipped
+        peaks = {name: f"{value / MIB:,.1f}" for name, value in row["peak_bytes"].items()} | skipped
         beyond = beyond_gradients(row, "mmlearn, tiled", options.width) / MIB
         less = [
             f"{row['peak_bytes'][name] / row['peak_bytes']['mmlearn, tiled']:.1f}"
@@ -271,7 +267,7 @@ def print_tables(rows: list[dict], verdicts: list[dict], differences: dict, opti
             else ""
             for name in FULL
         ]
-        memory.append([pairs, *map(peaks.get, LOSSES), f"{beyond:,.0f}", *less])
+        memory.append([pairs, *map(peaks.get, LOSSES), f"{beyond:,.1f}", *less])
     worst = max(differences.values())
     show(
         f"Contrastive loss, E = {options.width}, forward + backward: milliseconds",
