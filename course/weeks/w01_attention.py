@@ -39,6 +39,10 @@ torch.set_num_threads(1)  # these tensors are tiny: more threads would only wait
 device = choose_device(DEVICE)
 
 # %% tags=["experiment", "hide-input"]
+import base64
+import html
+import io
+
 import matplotlib.pyplot as plt
 from IPython.display import display
 
@@ -50,8 +54,14 @@ plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.t
 
 def show(figure, alt):
     """Show a figure, with a description for those who cannot see it."""
-    display(figure, metadata={"image/png": {"alt": " ".join(alt.split())}})
+    picture, alt = io.BytesIO(), " ".join(alt.split())
+    figure.savefig(picture, bbox_inches="tight")
     plt.close(figure)
+    png = base64.b64encode(picture.getvalue()).decode()
+    # JupyterLab and the exporters read the description of an HTML image, not of a bare PNG.
+    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{png}">'
+    bundle = {"text/html": image, "image/png": png, "text/plain": alt}
+    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
 # %% [markdown]
@@ -66,11 +76,13 @@ QUESTIONS = ("first", "last", "largest")
 
 
 class Batch(NamedTuple):
-    words: Tensor  # [B]          which question
-    patches: Tensor  # [B, L-1, P]  the pictures' patches in a row, P pixels each; zeros at padding
-    is_token: Tensor  # [B, L]       False at padding
-    answers: Tensor  # [B]          the digit that is asked for
-    shown: Tensor  # [B, pictures]  all digits of the sentence, -1 where there is no picture
+    """B sentences of L tokens, filled up to the same length."""
+
+    words: Tensor  # [B]: which question
+    patches: Tensor  # [B, L-1, pixels]: the pictures' patches in a row, zeros at padding
+    is_token: Tensor  # [B, L]: False at padding
+    answers: Tensor  # [B]: the digit that is asked for
+    shown: Tensor  # [B, pictures]: all digits of the sentence, -1 where there is no picture
 
 
 def cut(images, side):
@@ -79,7 +91,7 @@ def cut(images, side):
 
 
 # %% [markdown]
-# Sentences differ in length, tensors do not: a sentence with two pictures is filled up with zeros, and `is_token` remembers where. Each batch is drawn anew from 1,287 pictures, so no sentence is likely to be seen twice.
+# Sentences differ in length, tensors do not: a sentence with two pictures is filled up with zeros, and `is_token` remembers where. Each batch is drawn anew from 1,287 pictures, so no sentence is likely to be seen twice. The class below is plumbing: skim it, and go on to what it prints.
 
 
 # %%
@@ -402,6 +414,23 @@ def attention(queries, keys, values, mask=None):
     return weights @ values, weights
 
 
+# %% wrong="attention" name="mask_added" says="You add the mask to the scores: True counts as 1, a small bonus for what may be seen, and the rest is seen as before. Fill what is forbidden with minus infinity."
+def attention(queries, keys, values, mask=None):
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
+    if mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1)
+    return weights @ values, weights
+
+
+# %% wrong="attention" name="only_values" says="You return only the mixed values. Return the weights too, as a pair: you will want to look at them."
+def attention(queries, keys, values, mask=None):
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1) @ values
+
+
 # %% wrong="attention" name="mask_ignored" says="Your result is the same with and without the mask: use it."
 def attention(queries, keys, values, mask=None):
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
@@ -467,8 +496,9 @@ def query_gradients(width, divisor, count=500, keys=64):
     generator = torch.Generator().manual_seed(width)
     q, k, v = (torch.randn(count, n, width, generator=generator) for n in (1, keys, keys))
     q.requires_grad_()
-    weights = (q @ k.transpose(-2, -1) / divisor).softmax(dim=-1)
+    # What a loss would like to change in the output: any direction will do.
     wanted = torch.randn(count, 1, width, generator=generator) / width**0.5
+    weights = (q @ k.transpose(-2, -1) / divisor).softmax(dim=-1)
     ((weights @ v) * wanted).sum().backward()
     entropy = -(weights * weights.clamp(min=1e-30).log()).sum(dim=-1).mean()
     return entropy.item(), q.grad.norm(dim=-1).flatten()
@@ -602,7 +632,7 @@ expect(
     "w01_attention/build_mask/padding",
     build_mask(torch.tensor([[True, True, True, False]])),
     torch.tensor([[[[True, True, True, False]] * 4]]),
-    "Each of the four rows may see the three tokens and not the padding: shape [1, 1, 4, 4], boolean.",
+    "Each of the four rows may see the three tokens and not the padding: boolean, [1, 1, 4, 4].",
 )
 ### BEGIN HIDDEN TESTS
 some = torch.tensor([[True] * 5, [True] * 2 + [False] * 3, [True] * 4 + [False]])
@@ -726,6 +756,17 @@ def build_mask(is_token, num_prefix=None):
     return mask
 
 
+# %% wrong="build_mask" name="zero_is_false" says="With num_prefix=0 your mask has no triangle: 0 counts as False in an if. Ask whether num_prefix is None."
+def build_mask(is_token, num_prefix=None):
+    length = is_token.shape[1]
+    mask = is_token[:, None, None, :].expand(-1, 1, length, -1)
+    if num_prefix:
+        seen = torch.ones(length, length, dtype=torch.bool, device=is_token.device).tril()
+        seen[:, :num_prefix] = True
+        mask = mask & seen
+    return mask
+
+
 # %% wrong="build_mask" name="prefix_sees_all" says="You gave the prefix's rows everything, so pictures see the words to come. It is the prefix's columns that all may see."
 def build_mask(is_token, num_prefix=None):
     length = is_token.shape[1]
@@ -781,9 +822,10 @@ show(figure, alt)
 # %% [markdown]
 # *What to see.* The padding's columns are dark everywhere, its rows are not. And a mask that hides a whole row? Then every score is $-\infty$, and the softmax divides 0 by 0. `mmlearn` refuses such a mask by name; the bare formula returns NaN, which one step of training spreads over all weights.
 
-# %% tags=["experiment"]
+# %%
 from mmlearn.transformer import attention as reference_attention
 
+# %% tags=["experiment"]
 nobody = torch.tensor([[True, True], [False, False]])
 print(attention(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3), nobody)[0])
 try:
@@ -799,9 +841,6 @@ except ValueError as error:
 # So the width $D$ is split into $H$ **heads** of $K = D/H$ each. Every head has its own queries, keys and values, and so its own average. The results are put side by side and mixed by one more matrix (Vaswani 2017, section 3.2.2):
 #
 # $$ \mathrm{MultiHead}(X) = [\mathrm{head}_1; \dots; \mathrm{head}_H]\,W^O, \qquad \mathrm{head}_h = \mathrm{Attention}(XW^Q_h, XW^K_h, XW^V_h) $$
-
-# %%
-from mmlearn.transformer import attention as reference_attention
 
 # %% [markdown] exercise="multi_head" difficulty=3 minutes=20
 # ### Exercise 3. Several heads
@@ -882,8 +921,9 @@ expect(
     "w01_attention/multi_head/hand",
     two_heads(three_tokens)[0],
     torch.tensor([[[18.0, 0.0, 36.0, 0.0], [10.0, 0.0, 20.0, 0.0], [10.0, 0.0, 20.0, 0.0]]]),
-    "In each head the first token's scores are log 3, 0, 0: weights 3/5, 1/5, 1/5, and the values 15, 0, 0 "
-    "give 9; the other tokens average to 5. Then out_proj multiplies head 1 by 2 and head 2 by 4.",
+    "In each head the first token's scores are log 3, 0, 0: weights 3/5, 1/5, 1/5, and the values "
+    "15, 0, 0 give 9; the other tokens average to 5. Then out_proj multiplies head 1 by 2 and "
+    "head 2 by 4.",
 )
 expect(
     "w01_attention/multi_head/masked",
@@ -983,6 +1023,24 @@ class MultiHead(nn.Module):
         queries, keys, values = (p(x).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
         mixed, weights = self.attend(queries, keys, values, mask)
         return self.out_proj(mixed.reshape(batch, length, width)), weights
+
+
+# %% wrong="multi_head" name="split_without_swap" says="You split [B, L, D] straight into [B, H, L, K], so the numbers of different tokens land in one head. Split the last axis to [B, L, H, K], then swap axes 1 and 2."
+class MultiHead(nn.Module):
+    def __init__(self, d_model, num_heads, attend=reference_attention):
+        super().__init__()
+        self.num_heads, self.attend = num_heads, attend
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model)
+        self.v_proj = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x, mask=None):
+        batch, length, width = x.shape
+        shape = (batch, self.num_heads, length, width // self.num_heads)
+        queries, keys, values = (p(x).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        mixed, weights = self.attend(queries, keys, values, mask)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)), weights
 
 
 # %% wrong="multi_head" name="merge_without_swap" says="You split the heads rightly but merge them without swapping back: [B, H, L, K] must become [B, L, H, K] before the last two axes are joined."
@@ -1177,7 +1235,8 @@ expect(
     "w01_attention/block_cost/hand",
     list(block_cost(2, 6, 5, 3)),
     [288, 48, 120],
-    "With L=2, D=6, F=5, H=3: 4 maps of 2*6*6 are 288; 3 heads with 2 products of 2*2*2 are 48; 2 maps of 2*6*5 are 120.",
+    "With L=2, D=6, F=5, H=3: 4 maps of 2*6*6 are 288; 3 heads with 2 products of 2*2*2 are 48; "
+    "2 maps of 2*6*5 are 120.",
 )
 ### BEGIN HIDDEN TESTS
 assert list(block_cost(7, 12, 30, 4)) == [4032, 1176, 5040]
@@ -1349,25 +1408,25 @@ from mmlearn.feedback import expect
 tiny = Block(2, 1, 2)
 known = {name: torch.zeros_like(weight) for name, weight in tiny.state_dict().items()}
 known["attention_norm.weight"], known["mlp_norm.weight"] = torch.ones(2), 2 * torch.ones(2)
-known["attention.v_proj.weight"], known["attention.out_proj.weight"] = (
-    -3 * torch.eye(2),
-    torch.eye(2),
-)
+known["attention.v_proj.weight"] = -3 * torch.eye(2)
+known["attention.out_proj.weight"] = torch.eye(2)
 known["mlp.fc1.weight"], known["mlp.fc2.weight"] = 10 * torch.eye(2), 0.1 * torch.eye(2)
 tiny.load_state_dict(known)
 expect(
     "w01_attention/block/hand",
     tiny(torch.tensor([[[3.0, 1.0], [5.0, 1.0]]])),
     torch.tensor([[[0.0, 6.0], [2.0, 6.0]]]),
-    "Both tokens normalise to (1, -1); here the attention adds -3 times the mean of that, (-3, 3), which gives "
-    "(0, 4) and (2, 4). The second norm makes (-2, 2) of both, and this MLP adds what is positive: (0, 2).",
+    "Both tokens normalise to (1, -1); here the attention adds -3 times the mean of that, (-3, 3), "
+    "which gives (0, 4) and (2, 4). The second norm makes (-2, 2) of both, and this MLP adds what "
+    "is positive: (0, 2).",
     atol=1e-3,  # LayerNorm's eps
 )
 expect(
     "w01_attention/block/masked",
     tiny(torch.tensor([[[3.0, 1.0], [1.0, 5.0]]]), torch.eye(2, dtype=torch.bool)),
     torch.tensor([[[0.0, 6.0], [6.0, 2.0]]]),
-    "Each token may see only itself here: (3, 1) becomes (0, 4) and then (0, 6), (1, 5) becomes (4, 2) and then (6, 2).",
+    "Each token may see only itself here: (3, 1) becomes (0, 4) and then (0, 6), (1, 5) becomes "
+    "(4, 2) and then (6, 2).",
     atol=1e-3,  # LayerNorm's eps
 )
 ### BEGIN HIDDEN TESTS
@@ -1523,13 +1582,6 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-# %% [markdown]
-# ### Why the norm stands before
-#
-# In a pre-norm stack the stream is a sum: each block adds two terms of similar size, so its variance grows like the depth and its size like $\sqrt{\text{depth}}$. The final norm divides by that size, and the gradient that reaches the last block shrinks like $1/\sqrt{\text{depth}}$. In a post-norm stack every block ends in a norm, so the last block's gradient stays as large as in a shallow model, however many blocks must move together (Xiong 2020, theorem 1).
-#
-# > **Predict.** From 2 blocks to 32, by what factor does the pre-norm gradient shrink, if this is right?
-
 # %%
 from mmlearn.transformer import Block as ReferenceBlock
 
@@ -1539,6 +1591,25 @@ def block_with(attend):
     return partial(Block, attention_class=partial(MultiHead, attend=attend))
 
 
+# %% [markdown]
+# With your heads inside, and your attention inside those, your block holds the same parameters under the same names as `mmlearn`'s. So its weights can be copied over, and the two must agree.
+
+# %% tags=["experiment"]
+set_seed(SEED)
+x, causal = torch.randn(2, 9, 32), build_mask(torch.ones(2, 9, dtype=torch.bool), num_prefix=0)
+mine, theirs = block_with(attention)(32, 4, 128), ReferenceBlock(32, 4, 128)
+mine.load_state_dict(theirs.state_dict())
+difference = (mine(x, causal) - theirs(x, causal)).abs().max()
+print(f"largest difference from mmlearn's block, causal mask: {difference:.0e}")
+
+# %% [markdown]
+# ### Why the norm stands before
+#
+# In a pre-norm stack the stream is a sum: each block adds two terms of similar size, so its variance grows like the depth and its size like $\sqrt{\text{depth}}$. The final norm divides by that size, and the gradient that reaches the last block shrinks like $1/\sqrt{\text{depth}}$. In a post-norm stack every block ends in a norm, so the last block's gradient stays as large as in a shallow model, however many blocks must move together (Xiong 2020, theorem 1).
+#
+# > **Predict.** From 2 blocks to 32, by what factor does the pre-norm gradient shrink, if this is right?
+
+# %%
 pre_norm, post_norm = block_with(attention), partial(ReferenceBlock, norm="post")
 
 
@@ -1670,8 +1741,8 @@ expect(
     "w01_attention/train/losses",
     [float(loss) for loss in recorded],
     [1.0, 3.61, 0.644913],
-    "From slope 0 the first loss is (0 - 1) squared = 1. Adam's first step moves the slope by the learning rate, to "
-    "0.1, so the second loss, on a new batch, is (0.1 - 2) squared = 3.61.",
+    "From slope 0 the first loss is (0 - 1) squared = 1. Adam's first step moves the slope by the "
+    "learning rate, to 0.1, so the second loss, on a new batch, is (0.1 - 2) squared = 3.61.",
 )
 expect(
     "w01_attention/train/modes",
@@ -1914,6 +1985,33 @@ def fit_slope(slope, batches, steps, lr):
     return losses, model.weight.item(), modes, model.training
 
 
+# %% wrong="train" name="plain_descent" says="These are the steps of plain gradient descent. Take torch.optim.AdamW: transformers hardly train without Adam."
+def train(model, batches, loss_fn, steps, lr):
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    losses = []
+    for _, batch in zip(range(steps), batches):
+        loss = loss_fn(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def fit_slope(slope, batches, steps, lr):
+    model, modes = nn.Linear(1, 1, bias=False), []
+    nn.init.constant_(model.weight, slope)
+
+    def loss_fn(model, batch):
+        modes.append(model.training)
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    losses = train(model.eval(), batches, loss_fn, steps, lr)
+    return losses, model.weight.item(), modes, model.training
+
+
 # %% wrong="train" name="new_optimizer" says="You make a new optimizer at each step, so Adam forgets its averages and every step is as long as the first. Make it once, before the loop."
 def train(model, batches, loss_fn, steps, lr):
     model.train()
@@ -1944,7 +2042,7 @@ def fit_slope(slope, batches, steps, lr):
 # %% [markdown]
 # ## 10. One block reads a mixed sentence
 #
-# Now all six parts meet. Words are looked up, patches are projected, both become vectors of width 64 in one row; a position vector is added; your block runs with your heads, your attention and your mask; the answer is read at the word's place. Once `tokens` is done, nothing marks any more what was word and what was picture.
+# Now your parts meet. Words are looked up, patches are projected, both become vectors of width 64 in one row; a position vector is added; your block runs with your heads, your attention and your mask; the answer is read at the word's place. Once `tokens` is done, nothing marks any more what was word and what was picture.
 
 
 # %%
@@ -2043,9 +2141,7 @@ right.set_xticks(range(3), QUESTIONS)
 right.set_title("Accuracy for each question (dots: seeds; dotted: 1 in 10)")
 figure.legend(loc="outside right center")
 best, naive = (accuracies[name].mean() for name in ("attention, 4 heads", "average of all"))
-figure.suptitle(
-    f"A word that may choose is right {best:.0%} of the time, one that averages {naive:.0%}"
-)
+figure.suptitle(f"A word that may choose: {best:.0%} right; one that averages: {naive:.0%}")
 alt = """Left: training loss over 300 steps. Own token only stays near log 10; the average and the
 model without positions level off; four heads end lowest. Right: accuracy for first, last, largest.
 Own token is near chance, the average near or below one half, four heads highest throughout."""
@@ -2055,9 +2151,9 @@ show(figure, alt)
 # *What to see.* Compare with your three guesses.
 #
 # - **Own token only** learns nothing but how often each digit is the largest.
-# - **The average** cannot depend on the question: it is a soup of all patches.
+# - **The average** hands every question the same soup of patches.
 # - **Without positions** `first` and `last` are no better than picking one of the pictures, as section 4 proved; `largest`, which needs no order, suffers least.
-# - **One head** must squeeze four patches through one average. Vaswani 2017 (table 3, rows A; section 6.2) lost 0.9 BLEU with one head instead of eight; ours loses more, because our word has only one layer to read four patches.
+# - **One head** must squeeze four patches through one average. Vaswani 2017 (table 3, rows A; section 6.2) lost 0.9 BLEU with one head instead of eight; ours loses more, presumably because the word has only one block in which to read four patches.
 #
 # `largest` is hardest: three digits must be read *and* compared within one block.
 #
@@ -2168,10 +2264,8 @@ axes[2].set_xlabel("picture with this digit")
 axes[0].set_ylabel("share")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 look, depend = measured[:, 2, :, 0].mean(dim=0)
-title = (
-    f"{look:.0%} of the attention falls on the picture that {depend:.0%} of the answers depend on"
-)
-figure.suptitle(f"largest: {title}")
+title = f"largest: {look:.0%} of the attention on the picture that {depend:.0%} of the answers"
+figure.suptitle(f"{title} depend on")
 alt = """Three bar charts: share of attention, and share of right answers that change when a picture
 becomes a 0. For first both are high at picture 1, for last at picture 3, elsewhere near 0. For
 largest, attention is spread over all digits, while most answers depend on the largest alone."""
@@ -2235,9 +2329,8 @@ show(figure, alt)
 
 # %% tags=["experiment"]
 full = SCALE == "gpu"
-width, depth, steps, batch_size, questions = (
-    (256, 4, 3000, 256, 2000) if full else (32, 2, 3, 8, 50)
-)
+sizes = (256, 4, 3000, 256, 2000) if full else (32, 2, 3, 8, 50)
+width, depth, steps, batch_size, questions = sizes
 big_train = Sentences(digits.load("train", source=DATA, pixels=28), side=7, most=5)
 big_test = Sentences(digits.load("test", source=DATA, pixels=28), side=7, most=5)
 set_seed(SEED)

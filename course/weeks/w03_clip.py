@@ -217,7 +217,7 @@ show(
 )
 
 # %% [markdown]
-# Exactly one nat: the scale *is* the number of nats that cosines can express. CLIP learns $s$ as
+# One nat, whatever $N$ is: the scale is the number of nats that cosines can express. CLIP learns $s$ as
 # $e^{\texttt{logit\_scale}}$, starts it at $1/0.07$ and caps it at 100, since nothing else would
 # (Radford 2021, section 2.5).
 
