@@ -4,6 +4,7 @@ Everything it makes is under build/demo/, which it empties first.
 """
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -53,12 +54,12 @@ def demo(root: Path | None = None, folder: Path | None = None, kinds: Iterable[s
     if not surprises:
         print("Every submission got what it should have got.")
     home = os.path.relpath(classroom)
-    python = os.path.relpath(sys.executable, classroom)
+    lab = f"cd {shlex.quote(home)} && {shlex.quote(os.path.relpath(sys.executable, classroom))}"
     print(f"""
 Grades       {home}/grades.csv and gradebook.db
 Feedback     {home}/feedback/half_right/{weeks[-1]}.html
 Plots        {os.path.relpath(runs[-1].notebook)}: all that the week prints and draws
-Formgrader   (cd {home} && {python} -m jupyterlab), then Nbgrader → Formgrader
+Formgrader   ({lab} -m jupyterlab), then Nbgrader → Formgrader
 Took         {time.perf_counter() - started:.0f} s
 
 Next: make lab""")

@@ -332,9 +332,22 @@ def sole_writer(to: Path) -> Iterator[Path]:
             raise CourseError(
                 f"Another run is grading into {to}; wait for it, or grade into another folder."
             ) from None
-        for leftover in records.glob("work-*"):
+        _sweep(records)
+        try:
+            yield records
+        finally:
+            _sweep(records)
+
+
+def _sweep(records: Path) -> None:
+    """Remove the working folders, also those that a dying kernel still writes into."""
+    for _ in range(20):
+        leftovers = list(records.glob("work-*"))
+        for leftover in leftovers:
             shutil.rmtree(leftover, ignore_errors=True)
-        yield records
+        if not leftovers:
+            return
+        time.sleep(0.1)
 
 
 @contextmanager

@@ -256,8 +256,9 @@ q, k, v = (torch.randn(2, 3, *size, generator=generator) for size in ((5, 4), (7
 mixed, shares = attention(q, k, v)
 assert mixed.shape == (2, 3, 5, 6), "the mixed values have the shape [..., L, Kv]"
 assert shares.shape == (2, 3, 5, 7), "the weights have the shape [..., L, S]"
-assert torch.allclose(mixed, torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5)
-assert torch.allclose(shares.sum(dim=-1), torch.ones(2, 3, 5), atol=1e-5)
+right = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+assert torch.allclose(mixed, right, atol=1e-5), "it equals PyTorch's own"
+assert torch.allclose(shares.sum(dim=-1), torch.ones(2, 3, 5), atol=1e-5), "rows sum to one"
 ### END HIDDEN TESTS
 
 # %% check="attention" aspect="masks" points=1 title="what is masked has no weight, and the rest sums to one"
@@ -315,7 +316,8 @@ again, moved = attention(q, k[:, order], v[:, order])
 assert torch.allclose(again, mixed, atol=1e-5), "the order of keys and values makes no difference"
 assert torch.allclose(moved, shares[..., order], atol=1e-5), "the weights move with their keys"
 turn = torch.tensor([2, 0, 1])
-assert torch.allclose(attention(q[:, turn], k, v)[0], mixed[:, turn], atol=1e-5)
+turned = attention(q[:, turn], k, v)[0]
+assert torch.allclose(turned, mixed[:, turn], atol=1e-5), "each query is answered by itself"
 assert (mixed <= v.amax(dim=1, keepdim=True) + 1e-5).all(), "an average is never above all values"
 mine = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
 theirs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
@@ -937,10 +939,9 @@ layer = MultiHead(12, 3)
 states, shares = layer(torch.randn(2, 5, 12))
 assert states.shape == (2, 5, 12), "the states keep the shape of x"
 assert shares.shape == (2, 3, 5, 5), "the weights have the shape [B, H, L, L]"
-assert torch.allclose(shares.sum(dim=-1), torch.ones(2, 3, 5), atol=1e-5)
-assert {name for name, _ in layer.named_parameters()} == {
-    f"{p}_proj.{w}" for p in ("q", "k", "v", "out") for w in ("weight", "bias")
-}
+assert torch.allclose(shares.sum(dim=-1), torch.ones(2, 3, 5), atol=1e-5), "rows sum to one"
+names = {f"{p}_proj.{w}" for p in ("q", "k", "v", "out") for w in ("weight", "bias")}
+assert {name for name, _ in layer.named_parameters()} == names, "the four projections stay"
 ### END HIDDEN TESTS
 
 # %% check="multi_head" aspect="torch" points=1 title="equals torch.nn.MultiheadAttention with the same weights"
@@ -1239,8 +1240,8 @@ expect(
     "2 maps of 2*6*5 are 120.",
 )
 ### BEGIN HIDDEN TESTS
-assert list(block_cost(7, 12, 30, 4)) == [4032, 1176, 5040]
-assert list(block_cost(1, 8, 8, 8)) == [256, 16, 128]
+assert list(block_cost(7, 12, 30, 4)) == [4032, 1176, 5040], "L=7, D=12, F=30, H=4"
+assert list(block_cost(1, 8, 8, 8)) == [256, 16, 128], "L=1, D=8, F=8, H=8"
 ### END HIDDEN TESTS
 
 # %% check="block_cost" aspect="growth" points=1 title="what doubles and what quadruples"
@@ -1346,7 +1347,7 @@ crosses earlier; for long sequences your formula lies above the fused kernel."""
 show(figure, alt)
 
 # %% [markdown]
-# *What to see.* Long sequences follow the count, but the crossing comes earlier, and your formula may even grow faster than 4 times: its $L \times L$ weights are written to memory and read back several times ($4HL^2$ bytes: 16 MiB here at 1,024 tokens, more than most caches hold). The fused kernel never stores them (Dao 2022, section 3.1). Same formula, same numbers, less traffic: that is why `mmlearn` trains with it, and why your version stays useful, since it shows the weights.
+# *What to see.* Long sequences follow the count, but the crossing comes earlier, and your formula may even grow faster than 4 times: its $L \times L$ weights are written to memory and read back several times ($4HL^2$ bytes: 16 MiB here at 1,024 tokens, far more than a core's own cache). The fused kernel never stores them (Dao 2022, section 3.1). Same formula, same numbers, less traffic: that is why `mmlearn` trains with it, and why your version stays useful, since it shows the weights.
 #
 # ## 8. The block
 #

@@ -807,11 +807,11 @@ def train(model, pairs, seed, steps, size=64, lr=3e-3, step=softmax_step):
     )
 
 
-digit_runs, digit_scores = [], []
+digit_models, digit_runs, digit_scores = [], [], []
 for seed in (SEED, SEED + 1, SEED + 2):
-    model = digit_model(seed)
-    digit_runs.append(train(model, digit_pairs, seed, steps=400))
-    digit_scores.append(accuracy(model, digit_pairs, test_digits, digits.TEMPLATES))
+    digit_models.append(digit_model(seed))
+    digit_runs.append(train(digit_models[-1], digit_pairs, seed, steps=400))
+    digit_scores.append(accuracy(digit_models[-1], digit_pairs, test_digits, digits.TEMPLATES))
     print(f"seed {seed}: zero-shot accuracy {digit_scores[-1]:.3f}, {digit_runs[-1].seconds:.1f} s")
 print(f"three seeds: {mean_and_spread(digit_scores)} on {len(test_digits)} digits never seen")
 
@@ -861,9 +861,7 @@ model = digit_model(SEED)
 stages = {"before": cosines(model)}
 train(model, digit_pairs, SEED, steps=40)
 stages["after 40 steps"] = cosines(model)
-model = digit_model(SEED)
-train(model, digit_pairs, SEED, steps=400)
-stages["after 400 steps"] = cosines(model)
+stages["after 400 steps"] = cosines(digit_models[0])
 
 # %% tags=["experiment"]
 figure, axes = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True, layout="constrained")
@@ -893,7 +891,10 @@ def retrieval(model):
     return {k: recall_at_k(scores, k, matches) for k in (1, 3)}
 
 
-for name, found in (("before", retrieval(digit_model(SEED))), ("after", retrieval(model))):
+for name, found in (
+    ("before", retrieval(digit_model(SEED))),
+    ("after", retrieval(digit_models[0])),
+):
     for k, both in found.items():
         print(
             f"{name:6} R@{k}: picture to caption {both.image_to_text:.2f}, "
