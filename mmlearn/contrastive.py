@@ -107,21 +107,20 @@ class _TiledContrastiveLoss(torch.autograd.Function):
         N = len(image_embeds)
         grad_images = torch.zeros_like(image_embeds)
         grad_texts = torch.zeros_like(text_embeds)
-        grad_scale = torch.zeros_like(scale)
         for rows in _slices(N, ctx.tile):
             for columns in _slices(N, ctx.tile):
-                similarity_IT = image_embeds[rows] @ text_embeds[columns].T
-                logits_IT = scale * similarity_IT
-                # d loss / d logits: half of each softmax, minus one on the diagonal, over N
+                logits_IT = scale * image_embeds[rows] @ text_embeds[columns].T
+                # 2N d loss / d logits: both softmaxes, minus two on the diagonal
                 grad_IT = (logits_IT - row_lse[rows, None]).exp_()
                 grad_IT += logits_IT.sub_(column_lse[columns]).exp_()
-                grad_IT *= grad_loss / (2 * N)
                 if rows == columns:
-                    grad_IT.diagonal().sub_(grad_loss / N)
-                grad_images[rows] += scale * (grad_IT @ text_embeds[columns])
-                grad_texts[columns] += scale * (grad_IT.T @ image_embeds[rows])
-                grad_scale += (grad_IT * similarity_IT).sum()
-        return grad_images, grad_texts, grad_scale, None
+                    grad_IT.diagonal().sub_(2)
+                grad_images[rows].addmm_(grad_IT, text_embeds[columns])
+                grad_texts[columns].addmm_(grad_IT.T, image_embeds[rows])
+        share = grad_loss / (2 * N)
+        # The scale multiplies every x · y, so its gradient is the images' own, times the images.
+        grad_scale = share * (grad_images * image_embeds).sum()
+        return grad_images.mul_(share * scale), grad_texts.mul_(share * scale), grad_scale, None
 
 
 def _slices(N: int, tile: int) -> list[slice]:

@@ -19,6 +19,9 @@ SCALE = "cpu"
 DATA = "embedded"
 
 # %%
+import base64
+import html
+import io
 import math
 
 import matplotlib.pyplot as plt
@@ -44,11 +47,15 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # safe f
 
 
 def show(figure, alt):
-    """Display a figure, with a description for readers who cannot see it."""
-    if figure.get_layout_engine() is None:
-        figure.tight_layout()
-    display(figure, metadata={"image/png": {"alt": alt}})
+    """Show a figure, with a description for those who cannot see it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, bbox_inches="tight")
     plt.close(figure)
+    png = base64.b64encode(picture.getvalue()).decode()
+    # JupyterLab and the exporters read the description of an HTML image, not of a bare PNG.
+    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{png}">'
+    bundle = {"text/html": image, "image/png": png, "text/plain": alt}
+    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
 # %% [markdown]
@@ -68,7 +75,7 @@ for split in (train_digits, test_digits, train_scenes, unseen_scenes):
     print(split.describe())
 
 # %% tags=["experiment"]
-figure, axes = plt.subplots(2, 6, figsize=(11, 4.4))
+figure, axes = plt.subplots(2, 6, figsize=(11, 4.4), layout="constrained")
 for axis, example in zip(axes[0], (train_digits[i] for i in range(6))):
     axis.imshow(example.image[0], cmap="gray_r")
     axis.set_title(example.caption, fontsize=8)
@@ -974,7 +981,7 @@ show(
 # learned of *triangle* is partly *green triangle*. Look at what it says instead.
 
 # %% tags=["experiment"]
-figure, axes = plt.subplots(1, 8, figsize=(11, 2.1))
+figure, axes = plt.subplots(1, 8, figsize=(11, 2.1), layout="constrained")
 guesses = zero_shot(scene, scene_pairs, unseen_scenes.subset(range(8)), ["a {}"])
 for axis, guess, i in zip(axes, guesses, range(8)):
     axis.imshow(unseen_scenes.images[i].permute(1, 2, 0))
