@@ -149,8 +149,8 @@ expect(
 ### BEGIN HIDDEN TESTS
 draw = torch.Generator().manual_seed(11)
 some_images, some_texts = (torch.randn(n, 6, generator=draw) for n in (4, 3))
-cosines = torch.cosine_similarity(some_images[:, None], some_texts[None], dim=-1)
-assert torch.allclose(similarity(some_images, some_texts, 2.5), 2.5 * cosines, atol=1e-5)
+table = torch.cosine_similarity(some_images[:, None], some_texts[None], dim=-1)
+assert torch.allclose(similarity(some_images, some_texts, 2.5), 2.5 * table, atol=1e-5)
 ### END HIDDEN TESTS
 
 # %% check="similarity" aspect="law" points=1 title="longer vectors say nothing more"
@@ -814,6 +814,7 @@ def train(model, pairs, seed, steps, size=64, lr=3e-3, step=softmax_step):
     )
 
 
+# %% tags=["experiment"]
 digit_models, digit_runs, digit_scores = [], [], []
 for seed in (SEED, SEED + 1, SEED + 2):
     digit_models.append(digit_model(seed))
@@ -828,6 +829,7 @@ labels = train_digits.labels
 draws = [labels[torch.randperm(len(labels))[:64]] for _ in range(200)]
 floor = torch.stack([(d[:, None] == d).sum(1).float().log().mean() for d in draws]).mean()
 
+# %% tags=["experiment"]
 figure, axis = plt.subplots(figsize=(7, 3.6))
 for run, colour in zip(digit_runs, (BLUE, ORANGE, GREEN)):
     axis.plot(run.smooth(15), color=colour)
@@ -863,6 +865,7 @@ def cosines(model):
     return similarity(images, model.text(prompts), 1.0).cpu()
 
 
+# %% tags=["experiment"]
 picked = torch.cat([(test_digits.labels == digit).nonzero()[:4, 0] for digit in range(10)])
 model = digit_model(SEED)
 stages = {"before": cosines(model)}
@@ -929,6 +932,7 @@ said = [
 scene_pairs = Captioned(train_scenes, said)
 
 
+# %% tags=["experiment"]
 def scene_model(seed):
     set_seed(seed)
     image_tower = ImageTower(ConvStem(8, 64), 16, 64, 4, 1, 64)
@@ -1124,6 +1128,7 @@ def sigmoid_step(model, batch):
     return sigmoid_loss(model(shifted(images), input_ids), model.bias)
 
 
+# %% tags=["experiment"]
 batch_rows = []
 for size in (8, 32, 128):
     for loss, step in (("softmax", softmax_step), ("sigmoid", sigmoid_step)):
