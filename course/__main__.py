@@ -183,7 +183,8 @@ def release(
 @cli.command()
 def grade(
     submitted: Annotated[
-        Path, typer.Argument(metavar="SUBMITTED", help="a folder as STUDENT/WEEK/WEEK.ipynb")
+        Path,
+        typer.Argument(metavar="SUBMITTED", help="STUDENT/WEEK/WEEK.ipynb, or what an LMS exports"),
     ],
     to: Annotated[Path, typer.Option(help="where grades go; a classroom, or a folder of its own")],
     week: Annotated[str | None, typer.Option(help="only this week")] = None,
@@ -191,14 +192,27 @@ def grade(
         int | None,
         typer.Option(help="submissions at the same time; default: as cores and memory allow"),
     ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="a Dask cluster whose workers you trust, tcp://host:8786")
+    ] = None,
+    isolation: Annotated[
+        str | None, typer.Option(help="bubblewrap, landlock or process; default: the best there is")
+    ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--i-trust-these-students", help="allow --isolation process: no sandbox"),
+    ] = False,
+    regrade: Annotated[bool, typer.Option("--regrade", help="run again what is graded")] = False,
     timeout: Annotated[
-        float, typer.Option(help="seconds for one cell; a notebook gets 3 times that and a minute")
+        float, typer.Option(help="seconds for a notebook's cells, and again for each check")
     ] = 60.0,
+    memory: Annotated[int, typer.Option(help="MiB for one submission")] = 2048,
     as_json: AsJson = False,
 ) -> None:
-    """Grade a folder of submissions that you trust.
+    """Grade a folder of notebooks, honest or not, in a sandbox.
 
-    Writes grades.csv, gradebook.db and feedback/STUDENT/WEEK.html into the folder given with --to.
+    Hidden tests never enter the students' processes. Writes journal.jsonl, grades.csv,
+    gradebook.db, report.html and feedback/STUDENT/WEEK.html into the folder given with --to.
     Started again it goes on where it was, and grades only what changed.
     Exit code 0 when every submission has its rows, 2 for a usage error, 3 when interrupted.
 
@@ -206,21 +220,48 @@ def grade(
     Example:
       python -m course grade class/submitted --to class
       python -m course grade class/submitted --to class --week 3 --jobs 4
+      python -m course grade unpacked-lms-export --to grades --week w03_clip
     """
-    from course.grade import TRUSTED_ONLY
     from course.show import grade_class, print_summary
+    from course.source import CourseError
 
-    print(TRUSTED_ONLY, file=sys.stderr)
-    options = {"week": week, "jobs": jobs, "timeout": timeout}
+    if isolation == "process" and not trust:
+        raise CourseError(
+            "--isolation process runs students' code with your rights: add "
+            "--i-trust-these-students if you do, or leave --isolation out for the best sandbox."
+        )
+    options = {"week": week, "jobs": jobs, "scheduler": scheduler, "isolation": isolation}
+    options |= {"regrade": regrade, "timeout": timeout, "memory": memory}
     try:
         summary = grade_class(submitted, to, show=not as_json, **options)
     except KeyboardInterrupt:
         print("Interrupted: what was graded is kept; the same command goes on.", file=sys.stderr)
         raise typer.Exit(3) from None
     if as_json:
-        print(json.dumps({"rows": summary.rows, "ignored": summary.ignored}, indent=1))
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(summary) | {"to": str(summary.to)}, indent=1))
     else:
         print_summary(summary)
+
+
+@cli.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="what --to named when grading")],
+) -> None:
+    """Write everything that is derived from OUT/journal.jsonl again.
+
+    That is grades.csv, gradebook.db, feedback/ and report.html. Nothing is run.
+    Marks that a person gave in formgrader are kept.
+
+    \b
+    Example:
+      python -m course report class
+    """
+    from course.grade import rebuild
+    from course.show import print_summary
+
+    print_summary(rebuild(folder))
 
 
 @cli.command()

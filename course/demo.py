@@ -41,7 +41,7 @@ def demo(root: Path | None = None, folder: Path | None = None, kinds: Iterable[s
         init(classroom)
         for week in weeks:
             release(classroom, week, folder)
-    with _step(console, "A class hands in: right, half right, cells missing, a damaged file"):
+    with _step(console, "A class hands in: right, half right, cells missing, damaged, forged"):
         expected = write_class(classroom / "submitted", weeks, kinds, folder)
     with _step(console, "Its notebooks are graded"):
         summary = grade_class(classroom / "submitted", classroom, folder=folder)
@@ -57,6 +57,7 @@ def demo(root: Path | None = None, folder: Path | None = None, kinds: Iterable[s
     lab = f"cd {shlex.quote(home)} && {shlex.quote(os.path.relpath(sys.executable, classroom))}"
     print(f"""
 Grades       {home}/grades.csv and gradebook.db
+The class    {home}/report.html
 Feedback     {home}/feedback/half_right/{weeks[-1]}.html
 Plots        {os.path.relpath(runs[-1].notebook)}: all that the week prints and draws
 Formgrader   ({lab} -m jupyterlab), then Nbgrader → Formgrader

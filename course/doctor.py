@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from course.source import repo_root
+from course.source import CourseError, repo_root
 
 DISTRIBUTION = "mmlearn-course"
 REINSTALL = "run `make setup`, which installs what constraints.txt names"
@@ -24,7 +24,6 @@ MEMORY_GIB = 3.0  # one week (2 GiB) and the tools that run it
 
 # What Debian packages beside Python, by the command they bring: the package and what it is for.
 HELPERS = {
-    "bwrap": ("bubblewrap", "the strongest sandbox for grading notebooks of strangers"),
     "espeak-ng": ("espeak-ng", "speaking words when speech data are made anew"),
     "ffmpeg": ("ffmpeg", "speech pipelines that are given a path to a sound file"),
     "tesseract": ("tesseract-ocr", "document pipelines that read the words of a scan themselves"),
@@ -50,6 +49,7 @@ def examine(constraints: Path | None = None) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="course-doctor-") as scratch:
         yield kernel_row(Path(scratch))
         yield gradebook_row(Path(scratch))
+    yield isolation_row()
     yield disk_row(repo_root())
     yield memory_row()
     for command in HELPERS:
@@ -185,6 +185,20 @@ def gradebook_row(scratch: Path) -> Row:
     if not ok:
         return Row("gradebook", "failed", output, "grading cannot work; " + REINSTALL + ".")
     return Row("gradebook", "ok", f"{output} makes a gradebook")
+
+
+def isolation_row() -> Row:
+    """Start a process as a student's code is run, and see whether it is shut in."""
+    from course.grade import sandbox
+
+    try:
+        tier = sandbox.probe()
+    except CourseError as problem:
+        first = str(problem).partition(". ")[0]
+        advice = sandbox.way_to_better() + " Until then grade only students whom you trust."
+        return Row("isolation", "warning", first, advice)
+    found = f"tier {tier.number}, {tier.name}: {tier.detail}"
+    return Row("isolation", "warning" if tier.better else "ok", found, tier.better)
 
 
 def run_python(program: str, environment: dict[str, str] | None = None) -> tuple[bool, str]:

@@ -7,6 +7,7 @@ lambdas and `global` are right without a second implementation.
 import ast
 import builtins
 import symtable
+from functools import lru_cache
 
 
 def names_bound(code):
@@ -43,14 +44,14 @@ def definitions_only(code):
     return ast.unparse(tree)
 
 
-def imported_answer(code, exercise, elsewhere=""):
+def imported_answer(code, exercise, elsewhere=()):
     """Say how an answer cell takes its answer from mmlearn, or return None if it does not.
 
     What counts as the answer: whatever in mmlearn has the name of something in the exercise's
     `forbids`, or of something that the answer defines (`ClipLoss` and `clip_loss` are one name),
     except what the course's own solution uses. Found by reading: imports under any alias and at
     any depth, attributes, star imports, `importlib` and `getattr` with a written-out name.
-    `elsewhere` is the code of the notebook's other cells, whose imports the answer cell sees.
+    `elsewhere` is the code of each of the notebook's other cells: the answer sees what they import.
     What it cannot see, a name rebound in another cell, `mmlearn.feedback.own_work` sees.
     Code that cannot be parsed takes nothing.
     """
@@ -105,15 +106,14 @@ def _taken(code, elsewhere, wanted):
     meaning = {}  # name in the notebook -> dotted name in mmlearn
     taken = set()
     free = names_used(code) | (wanted - names_bound(code))
-    for part in (_parse(elsewhere), tree):
-        for node in ast.walk(part) if part is not None else ():
-            for local, dotted in _imports(node):
-                if local == "*":
-                    taken.update(f"{dotted}.{name}" for name in free)
-                else:
-                    meaning[local] = dotted
-                    if part is tree:
-                        taken.add(dotted)
+    for part in (*elsewhere, code):
+        for local, dotted in _imports(part):
+            if local == "*":
+                taken.update(f"{dotted}.{name}" for name in free)
+            else:
+                meaning[local] = dotted
+                if part is code:
+                    taken.add(dotted)
     # clip = importlib.import_module("mmlearn.clip"); loss = clip.loss: as often as it takes.
     assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
     for _ in assignments:
@@ -127,16 +127,22 @@ def _taken(code, elsewhere, wanted):
     return taken - {None}
 
 
-def _imports(node):
-    """(local name, dotted name) for each thing that an import statement takes from mmlearn."""
-    if isinstance(node, ast.Import):
-        for item in node.names:
-            if item.name.split(".")[0] == "mmlearn":
-                yield (item.asname, item.name) if item.asname else ("mmlearn", "mmlearn")
-    elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mmlearn":
-        for item in node.names:
-            whole = node.module if item.name == "*" else f"{node.module}.{item.name}"
-            yield ("*" if item.name == "*" else item.asname or item.name), whole
+@lru_cache(maxsize=1024)  # most cells of a class are the released ones
+def _imports(code):
+    """(local name, dotted name) for each thing that a cell's imports take from mmlearn."""
+    tree, found = _parse(code) if "mmlearn" in code else None, []
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, ast.Import):
+            for item in node.names:
+                if item.name.split(".")[0] == "mmlearn":
+                    found.append(
+                        (item.asname or "mmlearn", item.name if item.asname else "mmlearn")
+                    )
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mmlearn":
+            for item in node.names:
+                whole = node.module if item.name == "*" else f"{node.module}.{item.name}"
+                found.append(("*" if item.name == "*" else item.asname or item.name, whole))
+    return tuple(found)
 
 
 def _dotted(node, meaning):

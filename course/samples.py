@@ -14,7 +14,30 @@ from course.classroom import write_atomically
 from course.source import CourseError, Week, read_week, resolve_week, week_names
 
 # Every week has these; besides them there is one wrong-EXERCISE-NAME for each known wrong answer.
-KINDS = ("right", "one_mistake", "half_right", "missing_cells", "untouched", "damaged")
+KINDS = ("right", "one_mistake", "half_right", "missing_cells", "untouched", "damaged", "hostile")
+
+# A submission that answers nothing and forges everything. Where hidden tests run in the student's
+# own kernel, as under plain nbgrader, it gets full marks.
+FORGERY = """
+import ast
+
+
+class Agreeable:
+    def __call__(self, *anything, **more):
+        return self
+
+    __getattr__ = __getitem__ = __eq__ = __lt__ = __gt__ = __le__ = __ge__ = __call__
+
+
+class NoChecks(ast.NodeTransformer):
+    def visit_Module(self, cell):
+        is_check = "mmlearn.feedback" in ast.unparse(cell)
+        return ast.parse("passed = True") if is_check else cell
+
+
+get_ipython().ast_transformers.append(NoChecks())
+print("all checks passed")
+""".strip()
 
 
 @dataclass(frozen=True)
@@ -93,9 +116,9 @@ def _all(week: Week) -> Iterable[Sample]:
         lost = [week.exercises[wrong.exercise] for wrong in wrongs]
         certain = sum(min(c.points for c in e.checks if c.hidden) for e in lost)
         lowest = full - sum(e.points for e in lost)
-        return sample(student, _filled(week, released, answers), lowest, full - certain)
+        return sample(student, filled(week, released, answers), lowest, full - certain)
 
-    solved = _filled(week, released, right)
+    solved = filled(week, released, right)
     yield sample("right", solved, full)
     yield with_wrong("one_mistake", [exercises[0].wrongs[0]])
     yield with_wrong("half_right", [e.wrongs[0] for e in exercises[(len(exercises) + 1) // 2 :]])
@@ -106,17 +129,40 @@ def _all(week: Week) -> Iterable[Sample]:
     yield sample("untouched", released, 0.0)
     content = _as_bytes(solved)
     yield sample("damaged", content[: len(content) // 2], 0.0, to_mark=0)
+    yield sample("hostile", _forged(week, released), 0.0)
     for exercise in exercises:
         for wrong in exercise.wrongs:
             yield with_wrong(f"wrong-{exercise.name}-{wrong.name}", [wrong])
 
 
-def _filled(week: Week, released, answers: dict[str, str]):
+def solved(week: Week):
+    """The released notebook of a week with the course's own answers, as a student hands it in."""
+    from course.build import student_notebook
+
+    answers = {exercise.name: exercise.solution for exercise in week.exercises.values()}
+    return filled(week, student_notebook(week), answers)
+
+
+def filled(week: Week, released, answers: dict[str, str]):
     """The released notebook with code answers, and the model answers to what is written."""
     notebook = deepcopy(released)
     texts = answers | {f"{w.name}-answer": w.model_answer for w in week.written}
     for cell in notebook.cells:
         cell.source = texts.get(cell.id, cell.source)
+    return notebook
+
+
+def _forged(week: Week, released):
+    """The released notebook with an agreeable object for every answer, and a cell that forges."""
+    from nbformat.v4 import new_code_cell
+
+    notebook = deepcopy(released)
+    for cell in notebook.cells:
+        if cell.id in week.exercises:
+            names = sorted(week.exercises[cell.id].names)
+            cell.source = "\n".join(f"{name} = Agreeable()" for name in names)
+    first = next(i for i, cell in enumerate(notebook.cells) if cell.id in week.exercises)
+    notebook.cells.insert(first, new_code_cell(FORGERY, id="forgery"))
     return notebook
 
 

@@ -142,13 +142,18 @@ def print_samples(samples, folder) -> None:
 def print_summary(summary) -> None:
     """What `course grade` did, and what to look at next."""
     again = f", {summary.kept} kept from before" if summary.kept else ""
-    pace = f" in {summary.seconds:.0f} s" if summary.graded else ""
+    pace = f" in {summary.seconds:.1f} s" if summary.graded else ""
     print(f"{_count(summary.graded, 'submission')} graded{pace}{again}.")
+    if summary.isolation:
+        print(f"Isolation: {summary.isolation}")
+    for line in filter(None, (*summary.notices, summary.moved)):
+        print(line)
     for outcome, number in sorted(summary.odd.items()):
         print(f"  {number} {outcome}: the reasons are in grades.csv")
-    for name in summary.ignored:
-        print(f"  {name} was passed by: it is no STUDENT/WEEK/WEEK.ipynb")
-    print(f"{summary.to}/grades.csv, gradebook.db and feedback/ are up to date.")
+    for said in summary.ignored:
+        print(f"  {said}")
+    print(f"{summary.to}/report.html shows the class; grades.csv, gradebook.db and feedback/ are")
+    print("up to date beside it.")
     if summary.to_mark:
         print(
             f"{_count(summary.to_mark, 'written answer')} to mark by hand: start JupyterLab in "

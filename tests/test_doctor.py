@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from course import doctor
+from course.grade import sandbox
 
 
 def statuses(rows):
@@ -86,6 +87,30 @@ def test_too_little_disk_or_memory_is_a_warning(tmp_path):
     assert doctor.disk_row(tmp_path, needed_gib=0.0).status == "ok"
 
 
+def test_the_isolation_that_grading_would_have_is_shown_with_the_way_to_a_better_one(monkeypatch):
+    better = "Install bubblewrap."
+    tiers = {
+        "ok": sandbox.Tier(1, "bubblewrap", "no network"),
+        "warning": sandbox.Tier(2, "landlock", "no network", better),
+    }
+    for status, tier in tiers.items():
+        monkeypatch.setattr(sandbox, "probe", lambda tier=tier: tier)
+        row = doctor.isolation_row()
+        assert (row.name, row.status, row.advice) == ("isolation", status, tier.better)
+        assert row.found == f"tier {tier.number}, {tier.name}: no network"
+
+
+def test_without_isolation_the_doctor_says_why_and_what_to_do(monkeypatch):
+    why = {"bubblewrap": "bwrap is not installed", "landlock": "no Landlock", "process": ""}
+    monkeypatch.setattr(sandbox, "why_not", why.get)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    row = doctor.isolation_row()
+    assert row.status == "warning"
+    assert "bubblewrap: bwrap is not installed; landlock: no Landlock" in row.found
+    assert "apt install bubblewrap" in row.advice
+    assert "trust" in row.advice
+
+
 @pytest.mark.parametrize("command", doctor.HELPERS)
 def test_each_helper_says_what_it_is_for(command, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
@@ -113,5 +138,5 @@ def test_on_a_machine_that_runs_the_tests_nothing_that_is_needed_fails():
     )
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert done.returncode == 0, [row for row in rows.values() if row["status"] == "failed"]
-    assert {"python", "packages", "torch", "kernel", "gradebook", "disk"} <= set(rows)
+    assert {"python", "packages", "torch", "kernel", "gradebook", "isolation", "disk"} <= set(rows)
     assert all(row["advice"] for row in rows.values() if row["status"] != "ok")

@@ -463,7 +463,7 @@ def attended(tmp_path_factory):
     ],
 )
 def test_an_answer_taken_from_mmlearn_is_found_by_any_road(code, elsewhere, attended):
-    said = imported_answer(code, attended, elsewhere)
+    said = imported_answer(code, attended, [elsewhere])
     assert said is not None
     assert "earns nothing" in said
     assert "mmlearn." in said
@@ -484,7 +484,7 @@ def test_an_answer_taken_from_mmlearn_is_found_by_any_road(code, elsewhere, atte
     ],
 )
 def test_an_answer_of_ones_own_is_left_in_peace(code, elsewhere, attended):
-    assert imported_answer(code, attended, elsewhere) is None
+    assert imported_answer(code, attended, [elsewhere]) is None
 
 
 def test_the_solution_is_never_accused(week):
