@@ -10,6 +10,7 @@ import sys
 import nbformat
 import pytest
 
+from course.attempts import job_for, run_jobs
 from course.build import build
 from course.source import read_week, repo_root, week_names
 from course.verify import verify
@@ -49,6 +50,47 @@ def written_by_hand(notebook):
 @pytest.mark.slow
 def test_every_exercise_is_proved(verification):
     assert [(r.week, r.exercise, r.problems) for r in verification.exercises if r.problems] == []
+
+
+# Counted or trained: no tensor is handed to the answer. Refused: nothing is compared.
+NO_TENSOR_TO_EMPTY = {"block_cost", "train", "read_end-refusal"}
+EMPTIES_ITS_INPUTS = """
+def _emptied(call):
+    import torch
+
+    def changed(*args, **kwargs):
+        with torch.no_grad():
+            for value in (v for v in [*args, *kwargs.values()] if isinstance(v, torch.Tensor)):
+                value.zero_()
+        return call(*args, **kwargs)
+
+    return changed
+
+
+for _name in {names}:
+    _answer = globals()[_name]
+    if isinstance(_answer, type):
+        _answer.forward = _emptied(_answer.forward)
+    else:
+        globals()[_name] = _emptied(_answer)
+"""
+
+
+@pytest.mark.slow
+def test_an_answer_that_empties_its_inputs_passes_no_check_that_gives_it_any(week):
+    # Its own result is right for what it left, so a reference that is computed later agrees.
+    jobs = []
+    for exercise in week.exercises.values():
+        code = exercise.solution + EMPTIES_ITS_INPUTS.format(names=sorted(exercise.names))
+        jobs.append(job_for(week, exercise, [("empties", exercise.answer.line, code)]))
+    passed = {
+        grade_id
+        for result in run_jobs(jobs)
+        for grade_id, parts in result["answers"]["empties"][0]["checks"].items()
+        if not parts["whole"]["error"]
+    }
+    allowed = NO_TENSOR_TO_EMPTY
+    assert {p for p in passed if p not in allowed and p.split("-")[0] not in allowed} == set()
 
 
 @pytest.mark.slow

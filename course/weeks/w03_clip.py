@@ -161,6 +161,7 @@ draw = torch.Generator().manual_seed(12)
 some_images, some_texts = (torch.randn(n, 5, generator=draw) for n in (3, 4))
 stretched = some_images * torch.tensor([[0.1], [1.0], [70.0]])
 before = similarity(some_images, some_texts, 7.0)
+assert before.std() > 0.1, "not all pairs are alike"
 assert torch.allclose(similarity(stretched, some_texts, 7.0), before, atol=1e-4)
 assert torch.allclose(similarity(some_images, 9 * some_texts, 7.0), before, atol=1e-4)
 ### END HIDDEN TESTS
@@ -308,6 +309,7 @@ import torch
 draw = torch.Generator().manual_seed(22)
 logits, order = torch.randn(6, 6, generator=draw), torch.tensor([3, 1, 5, 0, 2, 4])
 loss = contrastive_loss(logits)
+assert abs(float(contrastive_loss(2 * logits)) - float(loss)) > 1e-3, "surer is another loss"
 assert torch.allclose(contrastive_loss(logits.T), loss, atol=1e-6)
 assert torch.allclose(contrastive_loss(logits[order][:, order]), loss, atol=1e-6)
 assert torch.allclose(contrastive_loss(logits + 5), loss, atol=1e-5)
@@ -328,8 +330,8 @@ import torch
 
 draw = torch.Generator().manual_seed(23)
 logits = torch.randn(5, 5, generator=draw, requires_grad=True)
-contrastive_loss(logits).backward()
 both = (logits.detach().softmax(dim=1) + logits.detach().softmax(dim=0)) / 2
+contrastive_loss(logits).backward()
 assert torch.allclose(logits.grad, (both - torch.eye(5)) / 5, atol=1e-6)
 ### END HIDDEN TESTS
 
@@ -589,6 +591,7 @@ other_tower = ImageTower(PatchEmbedding(12, 4, 10, num_channels=2), 9, 10, 2, 1,
 four = torch.randn(4, 2, 12, 12)
 assert tuple(other_tower(four).shape) == (4, 7)
 assert torch.allclose(other_tower(four[2:3]), other_tower(four)[2:3], atol=1e-5)
+assert other_tower(four).std(dim=0).max() > 1e-4, "other images have other vectors"
 ### END HIDDEN TESTS
 
 # %% check="image_tower" aspect="positions" points=1 title="swapping two patches is noticed"
@@ -1255,12 +1258,12 @@ import torch
 draw = torch.Generator().manual_seed(62)
 rows = torch.randn(4, 3, generator=draw, requires_grad=True)
 others = torch.randn(7, 3, generator=draw, requires_grad=True)
-tiled_logsumexp(rows, others, 2.0, 3).square().sum().backward()
+torch.logsumexp(2.0 * rows @ others.T, dim=1).square().sum().backward()
 grads = rows.grad.clone(), others.grad.clone()
 rows.grad, others.grad = None, None
-torch.logsumexp(2.0 * rows @ others.T, dim=1).square().sum().backward()
-assert torch.allclose(grads[0], rows.grad, atol=1e-4)
-assert torch.allclose(grads[1], others.grad, atol=1e-4)
+tiled_logsumexp(rows, others, 2.0, 3).square().sum().backward()
+assert torch.allclose(rows.grad, grads[0], atol=1e-4)
+assert torch.allclose(others.grad, grads[1], atol=1e-4)
 ### END HIDDEN TESTS
 
 
