@@ -57,7 +57,8 @@ def imported_answer(code, exercise, elsewhere=()):
     """
     own = {_plain(name) for name in exercise.names}
     forbidden = {name.rsplit(".", 1)[1] for name in exercise.forbids}
-    allowed = _taken(exercise.solution, elsewhere, exercise.names)
+    importing = tuple(other for other in elsewhere if "mmlearn" in other)
+    allowed = _taken(exercise.solution, importing, frozenset(exercise.names))
 
     def is_the_answer(dotted):
         # mmlearn.module.object: two dots; a module by itself is no answer. By the object's name
@@ -67,7 +68,8 @@ def imported_answer(code, exercise, elsewhere=()):
             name in forbidden or (_plain(name) in own and dotted not in allowed)
         )
 
-    found = sorted(filter(is_the_answer, _taken(code, elsewhere, exercise.names)))
+    found = _taken(code, importing, frozenset(exercise.names))
+    found = sorted(filter(is_the_answer, found))
     if not found:
         return None
     return (
@@ -98,11 +100,12 @@ def _parse(code):
         return None
 
 
+@lru_cache(maxsize=1024)
 def _taken(code, elsewhere, wanted):
     """The dotted names in mmlearn that a piece of code uses, by whatever road."""
     tree = _parse(code)
     if tree is None:
-        return set()
+        return frozenset()
     meaning = {}  # name in the notebook -> dotted name in mmlearn
     taken = set()
     free = names_used(code) | (wanted - names_bound(code))
@@ -124,7 +127,7 @@ def _taken(code, elsewhere, wanted):
                     meaning.setdefault(target.id, dotted)
     taken.update(meaning[name] for name in free if name in meaning)
     taken.update(_dotted(node, meaning) for node in ast.walk(tree))
-    return taken - {None}
+    return frozenset(taken - {None})
 
 
 @lru_cache(maxsize=1024)  # most cells of a class are the released ones

@@ -22,6 +22,7 @@ import difflib
 import re
 import tomllib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from course.names import imported_answer, names_bound, names_imported
@@ -116,7 +117,7 @@ class Exercise:
     def points(self):
         return sum(check.points for check in self.checks)
 
-    @property
+    @cached_property
     def solution(self):
         """The right answer, without its markers."""
         return without_markers(self.answer.text)
@@ -126,7 +127,7 @@ class Exercise:
         """What the learner starts from."""
         return without_solution(self.answer.text)
 
-    @property
+    @cached_property
     def names(self):
         """The names that the answer defines and the checks may use."""
         return names_bound(self.solution) - names_imported(self.solution)

@@ -128,7 +128,8 @@ def grade(
     submissions, ignored = find_submissions(submitted, only, folder)
     tier = sandbox.probe(isolation) if scheduler is None else None
     weeks = _read_weeks(folder)
-    plans = {s.week: Plan.of(weeks[s.week]) for s in submissions if s.status != "refused"}
+    wanted = {s.week for s in submissions if s.status != "refused"}
+    plans = {name: Plan.of(week) for name, week in weeks.items() if name in wanted}
     digests = {name: plan.digest for name, plan in plans.items()}
     with _machine_trouble(), Journal(to, digests) as journal:
         open_classroom(to, plans, folder)
