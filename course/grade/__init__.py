@@ -13,6 +13,7 @@ the threat model, what is promised and what is not. The map of this folder:
 
     intake.py, notebook.py    files and zips of any layout; what is in a submitted file
     healing.py                damaged notebooks made whole
+    plan.py                   what a run knows beforehand: points, settings, digests
     checks.py                 a week's checks, run here on proxies of the student's names
     grader.py                 one submission, from bytes to its result
     remote.py, arguments.py   those proxies, and how a call's arguments travel
@@ -112,11 +113,10 @@ def grade(
     used. A submission, however broken, raises nothing: it gets its rows.
     """
     from course.grade import sandbox
-    from course.grade.checks import Plan
     from course.grade.gradebook import open_classroom
-    from course.grade.grader import Settings
     from course.grade.intake import find_submissions
     from course.grade.journal import Journal, in_words, moved
+    from course.grade.plan import Plan, Settings
 
     started = time.perf_counter()
     submitted, to = Path(submitted), Path(to)
@@ -271,7 +271,7 @@ def _results(
     todo: list[Found], plans: Mapping, tests: Mapping[str, str], settings, jobs, scheduler
 ) -> Iterator[tuple[Result, bytes]]:
     """The results in the order in which they come, each with its executed notebook."""
-    from course.grade.grader import nothing
+    from course.grade.plan import nothing
     from course.grade.schedule import run
 
     for found in todo:
@@ -327,8 +327,8 @@ def derive(
     """Write gradebook.db, grades.csv, report.html, and the pages of those whom a person marked."""
     from course.classroom import write_atomically
     from course.grade import gradebook, report
-    from course.grade.grader import fingerprint
     from course.grade.journal import in_words
+    from course.grade.plan import fingerprint
 
     rows = gradebook.write_gradebook(to, results)
     write_atomically(to / "grades.csv", gradebook.as_csv(rows))
@@ -364,8 +364,8 @@ def rebuild(to: Path, folder: Path | None = None) -> Summary:
     Raises: CourseError, when OUT has no journal, or a damaged one.
     """
     from course.grade import gradebook
-    from course.grade.grader import Settings
     from course.grade.journal import Journal
+    from course.grade.plan import Settings
 
     started = time.perf_counter()
     to, folder = Path(to), weeks_folder(folder)

@@ -14,9 +14,7 @@ Three things differ from running the cell in a notebook, and none changes what i
 
 import ast
 import contextlib
-import hashlib
 import io
-import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,6 +24,7 @@ from types import CodeType
 from typing import NamedTuple
 
 from course.grade.inside.wire import Lost
+from course.grade.plan import Plan
 from course.grade.records import Item, Row
 from course.grade.remote import is_from_student
 from course.names import names_used
@@ -36,34 +35,6 @@ from course.source import Check, Exercise, Week, read_week
 CHECK_MEMORY = 2**30  # bytes that a check may take beyond what this process holds already
 LONGEST_REASON = 300  # characters of a reason in grades.csv
 LONGEST_SAID = 1500  # characters that a student reads about one check
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a week asks for: its points in order, and a digest of everything that decides them."""
-
-    week: str
-    title: str
-    items: tuple[Item, ...]
-    digest: str
-
-    @staticmethod
-    def of(week: Week) -> "Plan":
-        from course.classroom import solved_bytes
-
-        items = [
-            Item(check.grade_id, exercise.name, check.aspect, float(check.points), check.title)
-            for exercise in week.exercises.values()
-            for check in exercise.checks
-        ]
-        items += [
-            Item(w.name, w.name, "written", float(w.points), by_hand=True) for w in week.written
-        ]
-        seen = hashlib.sha256(solved_bytes(week.name, week.path.parent))
-        seen.update(json.dumps({e.name: e.forbids for e in week.exercises.values()}).encode())
-        says = [[w.exercise, w.name, w.says] for e in week.exercises.values() for w in e.wrongs]
-        seen.update(json.dumps(says).encode())
-        return Plan(week.name, week.title, tuple(items), seen.hexdigest())
 
 
 class Verdict(NamedTuple):

@@ -13,18 +13,13 @@ cells again, without the one that was fatal, and the next check goes on there.
 """
 
 import hashlib
-import hmac
-import platform
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from importlib import metadata
-from pathlib import Path
+from functools import lru_cache
 
 from course.grade import sandbox
 from course.grade.checks import Program, Stopwatch, Suite, Verdict, row_of
@@ -33,33 +28,17 @@ from course.grade.inside.wire import Connection, Lost
 from course.grade.intake import Damaged
 from course.grade.notebook import read_notebook
 from course.grade.outputs import SLACK, executed
-from course.grade.records import Item, Limits, Result, Row, Submission
+from course.grade.plan import Settings, nothing, versions
+from course.grade.records import Item, Result, Row
 from course.grade.remote import CellOutcome, Client
 from course.names import imported_answer, names_bound
 from course.seeds import Salt
 from course.source import CourseError, Exercise
 
-FORMAT = "1"  # raise it when the same submission and tests may get other points or words
 MOST_ATTEMPTS = 5  # of the hidden seeds, until the course's own solution passes
 GRACE = 1.0  # seconds to end in, after an interrupt, or for a check with what it got
 TOO_SLOW = "checking what it returned took too long"
 UNWRITTEN = "YOUR ANSWER HERE"  # what stands in the cell below a written question
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a Grader needs to know; it can be sent to another process that is trusted."""
-
-    secret: bytes = field(repr=False)
-    folder: Path | None = None
-    limits: Limits = field(default_factory=Limits)
-    isolation: str | None = None
-    preload: tuple[str, ...] = ()
-
-    def tests_digest(self, plan_digest: str) -> str:
-        """Changes when the week's tests, the secret or the grader's format change."""
-        seen = [FORMAT, plan_digest, hashlib.sha256(self.secret).hexdigest()]
-        return hashlib.sha256("/".join(seen).encode()).hexdigest()
 
 
 class Grader:
@@ -407,56 +386,6 @@ def binds(code: str) -> frozenset[str]:
 def _programs(suite: Suite) -> Iterator[Program]:
     for programs in suite.programs.values():
         yield from programs
-
-
-# Results without a run
-
-
-def nothing(
-    student: str,
-    week: str,
-    submission_digest: str,
-    tests_digest: str,
-    items: tuple[Item, ...],
-    status: str,
-    reason: str,
-) -> Result:
-    """No points for anything, with the reason in every row."""
-    rows = tuple(
-        Row(i.grade_id, i.exercise, i.check, 0.0, i.max_points, status, reason, said=reason)
-        for i in items or (Item("", "", "", 0.0),)
-    )
-    return Result(student, week, submission_digest, tests_digest, rows, versions=versions())
-
-
-def stopped(submission: Submission, content: bytes, tests_digest: str, plan, reason: str) -> Result:
-    """The result of a submission that ended or blocked even the process that graded it."""
-    digest = hashlib.sha256(content).hexdigest()
-    return nothing(
-        submission.student,
-        submission.week,
-        digest,
-        tests_digest,
-        plan.items,
-        "stopped",
-        reason,
-    )
-
-
-@cache
-def versions() -> dict[str, str]:
-    """What the points may depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": metadata.version("torch"),
-        "mmlearn": metadata.version("mmlearn-course"),
-        "grader": FORMAT,
-    }
-
-
-def fingerprint(secret: bytes) -> str:
-    """A few letters that tell two secrets apart and give neither away."""
-    return hmac.digest(secret, b"fingerprint", "sha256").hex()[:8]
 
 
 def _signal_name(number: int) -> str:

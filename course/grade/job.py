@@ -217,7 +217,7 @@ def end_tree(pid: int) -> None:
 def stopped_result(
     submission: Submission, content: bytes, tests: str, settings, reason: str
 ) -> tuple[Result, bytes]:
-    from course.grade.grader import stopped
+    from course.grade.plan import stopped
 
     plan = plan_of(submission.week, settings.folder)
     return stopped(submission, content, tests, plan, reason), b""
@@ -225,7 +225,7 @@ def stopped_result(
 
 @cache
 def plan_of(week: str, folder: Path | None):
-    from course.grade.checks import Plan
+    from course.grade.plan import Plan
 
     return Plan.of(read_week(week, folder))
 

@@ -106,7 +106,7 @@ def _as_they_end(entries: Iterable[Entry], settings, where) -> Iterator[tuple[Re
 
 
 def _damaged(submission: Submission, tests: str, settings, damage) -> tuple[Result, bytes]:
-    from course.grade.grader import nothing
+    from course.grade.plan import nothing
 
     digest = sha256(f"no notebook: {damage}".encode()).hexdigest()
     items = plan_of(submission.week, settings.folder).items

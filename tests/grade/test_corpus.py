@@ -15,6 +15,7 @@ import re
 import stat
 import sys
 import tempfile
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -137,7 +138,7 @@ def examine(grader, case: Case, kit: Kit) -> list[str]:
     files, processes = files_in(kit.decoys), census()
     result, executed = grader.grade("eve", case.week, content)
     wrong += points_trouble(case, result.rows, result.notes)
-    if left := census().keys() - processes.keys():
+    if left := left_after(0.5, processes):
         wrong.append(f"processes are left: {[describe(pid) for pid in left]}")
     if gone := processes.keys() - census().keys():
         wrong.append(f"the warm parent is another: {gone} ended")
@@ -237,6 +238,14 @@ def census() -> dict[int, float]:
         except psutil.NoSuchProcess:
             pass
     return found
+
+
+def left_after(seconds: float, before: dict[int, float]) -> set[int]:
+    """The processes that are new since and still live; one that is being ended has a moment."""
+    until = time.monotonic() + seconds
+    while (left := census().keys() - before.keys()) and time.monotonic() < until:
+        time.sleep(0.02)
+    return left
 
 
 def describe(pid: int) -> str:
