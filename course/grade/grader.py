@@ -13,6 +13,7 @@ cells again, without the one that was fatal, and the next check goes on there.
 """
 
 import hashlib
+import json
 import signal
 import sys
 import threading
@@ -415,7 +416,6 @@ def _alarm(until: float) -> Iterator[None]:
 
 
 def _as_bytes(notebook) -> bytes:
-    """A notebook as a file; it is valid, or `executed` is at fault."""
-    from nbformat.v4 import writes
-
-    return (writes(notebook).rstrip("\n") + "\n").encode("utf-8", "replace")
+    """A notebook as a file, each text in one piece, which is faster than nbformat's lines."""
+    text = json.dumps(notebook, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")
