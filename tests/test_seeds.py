@@ -62,7 +62,7 @@ def test_what_is_no_seed_is_left_alone():
         "class Bank:\n    def seed(self, *a): return a\nx = Bank().seed('corn')\ny = [1].index(1)"
     )
     found = run(code, salt)
-    assert (found["x"], found["y"]) == ("corn", 0)
+    assert (found["x"], found["y"]) == (("corn",), 0)
 
 
 def test_a_check_that_seeds_nothing_has_its_numbers_too():

@@ -6,7 +6,8 @@ workers: the bytes of a submission go out, its result comes back, and the tests 
 worker's own checkout. Both hold only a window of submissions in memory at a time.
 
 Every submission has exactly one result, whatever it did to the process that graded it, and no other
-submission pays for that. When `run` is left, by Ctrl-C too, all processes end within a second.
+submission pays for that. When `run` is left, by Ctrl-C too, all processes end: the graders at once,
+their sandboxes within two seconds.
 """
 
 import queue
