@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from course.grade.inside.values import CannotTravel, is_plain, same_bytes
+from course.grade.inside.values import CannotTravel, is_plain, leaf_grad, same_bytes, same_grad
 from course.grade.inside.wire import malformed
 
 MOST_PARTS = 20_000  # of one module, counted as torch's own walks meet them
@@ -228,7 +228,7 @@ class Tracked:
     def remember(self):
         tensor = self.tensor
         self.numbers, self.requires_grad = tensor.detach().clone(), tensor.requires_grad
-        grad = _grad(tensor)
+        grad = leaf_grad(tensor)
         self.grad = None if grad is None else grad.clone()
 
     def difference(self, packer, grads, is_new):
@@ -241,8 +241,8 @@ class Tracked:
         if is_new or not same_bytes(tensor, self.numbers):
             entry["data"], changed = packer.numbers(tensor), True
             entry["parameter"] = isinstance(tensor, nn.Parameter)
-        grad = _grad(tensor)
-        if grads and not _same_grad(grad, self.grad):
+        grad = leaf_grad(tensor)
+        if grads and not same_grad(grad, self.grad):
             entry["grad"] = None if grad is None else packer.numbers(grad)
             changed = True
         if not changed:
@@ -252,16 +252,6 @@ class Tracked:
         if "grad" not in entry:
             self.grad = known
         return entry
-
-
-def _grad(tensor):
-    return tensor.grad if tensor.is_leaf else None
-
-
-def _same_grad(one, other):
-    if one is None or other is None:
-        return one is other
-    return same_bytes(one, other)
 
 
 class RemoteModule:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .values import Packer, Unpacker, is_plain, raw, same_bytes
+from .values import Packer, Unpacker, is_plain, leaf_grad, raw, same_bytes, same_grad
 from .wire import Connection, Lost
 
 _FUNCTIONS = (
@@ -293,7 +293,7 @@ class Exchange:
             if known is None or not same_bytes(known.numbers, tensor):
                 entry["data"] = self.packer.numbers(tensor)
             if known is None or with_grads:
-                held = _grad(tensor)
+                held = leaf_grad(tensor)
                 entry["grad"] = None if held is None else self.packer.numbers(held)
             tensors.append(entry)
             server.snapshots[handle] = Snapshot(tensor)
@@ -329,13 +329,13 @@ class Snapshot:
     def __init__(self, tensor):
         self.numbers = tensor.detach().clone()
         self.requires_grad = tensor.requires_grad
-        held = _grad(tensor)
+        held = leaf_grad(tensor)
         self.grad = None if held is None else held.clone()
 
     def is_current(self, tensor, with_grad):
         if tensor.requires_grad != self.requires_grad or not same_bytes(tensor, self.numbers):
             return False
-        return not with_grad or _same_grad(self.grad, _grad(tensor))
+        return not with_grad or same_grad(self.grad, leaf_grad(tensor))
 
 
 class Graph:
@@ -430,7 +430,7 @@ class GivenTensor(Given):
     def grad_is_changed(self):
         if not self.value.is_leaf:
             return False
-        return self.value.requires_grad != self.needs or not _same_grad(self.grad, self.value.grad)
+        return self.value.requires_grad != self.needs or not same_grad(self.grad, self.value.grad)
 
     def pack(self, packer):
         if self.value.requires_grad and not self.value.is_leaf:
@@ -610,16 +610,6 @@ def _describe(error):
         text = ""
     names = [base.__name__ for base in kind.__mro__ if base.__module__ == "builtins"]
     return [str(kind.__name__)[:200], names[:20], text]
-
-
-def _grad(tensor):
-    return tensor.grad if tensor.is_leaf else None
-
-
-def _same_grad(one, other):
-    if one is None or other is None:
-        return one is other
-    return same_bytes(one, other)
 
 
 def _set_random(state):

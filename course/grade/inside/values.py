@@ -396,3 +396,15 @@ def same_bytes(one, other):
         length = one.numel() * one.element_size()
         return not length or _same_memory(one.data_ptr(), other.data_ptr(), length) == 0
     return raw(one.detach().contiguous()) == raw(other.detach().contiguous())
+
+
+def leaf_grad(tensor):
+    """The gradient that a tensor holds; to ask one that is no leaf is a warning."""
+    return tensor.grad if tensor.is_leaf else None
+
+
+def same_grad(one, other):
+    """True if two gradients, of which there may be none, are the same bit for bit."""
+    if one is None or other is None:
+        return one is other
+    return same_bytes(one, other)
