@@ -16,7 +16,7 @@ from course.attempts import job_for, run_jobs
 from course.build import student_notebook
 from course.classroom import database_url, init, nbgrader_at, release, run_converter
 from course.grade.grader import Grader, Settings
-from course.samples import filled
+from course.samples import filled, samples
 from course.source import read_week, week_names
 
 SAMPLES = Path(__file__).parents[1] / "weeks"
@@ -106,3 +106,14 @@ def test_every_answer_gets_the_same_points_in_all_three_places(folder, name, tmp
     assert sum(author["stub"].values()) == 0
     assert in_this_grader(week, notebooks, folder) == author
     assert under_nbgrader(week, notebooks, tmp_path, folder) == author
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+def test_a_forgery_that_earns_everything_under_nbgrader_earns_nothing_here(tmp_path):
+    week = read_week("w99_sample", SAMPLES)
+    (hostile,) = samples("w99_sample", SAMPLES, ["hostile"])
+    notebooks = {"hostile": hostile.content}
+    full = {check.grade_id: check.points for e in week.exercises.values() for check in e.checks}
+    assert under_nbgrader(week, notebooks, tmp_path, SAMPLES) == {"hostile": full}
+    assert in_this_grader(week, notebooks, SAMPLES) == {"hostile": dict.fromkeys(full, 0.0)}
