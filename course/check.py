@@ -354,19 +354,19 @@ def process_pool(
         yield pool
     except BaseException:
         for worker in set(active_children()) - before:
-            _kill_tree(worker.pid)
+            kill_tree(worker.pid)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _kill_tree(pid: int) -> None:
-    """End a process and everything it started: a worker's kernel is in another session."""
+def kill_tree(pid: int) -> None:
+    """End everything a process started, in other sessions too, and then the process itself."""
     import psutil
 
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        for each in [process, *process.children(recursive=True)]:
+        for each in [*process.children(recursive=True), process]:
             with suppress(psutil.Error):
                 each.kill()
 

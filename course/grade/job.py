@@ -22,6 +22,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from course.check import kill_tree
 from course.grade.records import Result, Submission
 from course.source import CourseError, read_week
 
@@ -136,7 +137,7 @@ class Job:
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
-            end_tree(self.process.pid)
+            kill_tree(self.process.pid)
         code = self.process.wait()
         with suppress(OSError):  # what it started and did not take with it
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -198,17 +199,6 @@ class Jobs:
         until = time.monotonic() + (0.0 if at_once else CLOSE_SECONDS)
         for job in self.all:
             job.close(max(0.0, until - time.monotonic()))
-
-
-def end_tree(pid: int) -> None:
-    """Kill a process and everything it started that it still has."""
-    import psutil
-
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        for each in [*process.children(recursive=True), process]:
-            with suppress(psutil.Error):
-                each.kill()
 
 
 # Results without one
@@ -286,4 +276,4 @@ def _listen(channel: Connection, inbox: queue.SimpleQueue) -> None:
             inbox.put(channel.recv())
     inbox.put(None)  # an idle grader closes its sandbox and ends; one at work has a moment
     time.sleep(CLOSE_SECONDS)
-    end_tree(os.getpid())
+    kill_tree(os.getpid())

@@ -699,7 +699,7 @@ def test_a_gradebook_is_whole_whenever_the_run_is_killed(out):
 
 
 @pytest.mark.slow
-def test_nbgraders_own_feedback_and_export_work_in_the_folder(out, executed):
+def test_nbgraders_own_feedback_works_in_the_folder(out, executed):
     from nbgrader.converters import GenerateFeedback
 
     from course.classroom import nbgrader_at, run_converter

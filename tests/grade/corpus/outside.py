@@ -58,7 +58,8 @@ def reads_decoys(kit):
             for root in ("", "/proc/1/root", "/proc/self/root", "/proc/self/cwd/../../../../../.."):
                 attempt(path, lambda: open(f"{{root}}{{decoys}}/{{path}}").read())
         attempt("listing", lambda: os.listdir(decoys))
-        attempt("temporary", lambda: glob.glob("/tmp/mmlearn*") or None)
+        above = os.path.dirname(decoys)
+        attempt("temporary", lambda: glob.glob("mmlearn*", root_dir=above) or None)
         """)
     )
 
