@@ -30,6 +30,7 @@ Read the modules in this order; each is imported by those after it, never the ot
     metrics          accuracy, recall@k, calibration, error rates
     data             data sets that need no network, and their larger twins on the hub
     feedback         what a notebook's visible check says when an answer is wrong
+    figures          pictures with a description, in colours that everyone can tell apart
 
 The dimension key. A suffix on a name, or a letter in a type, always means:
 

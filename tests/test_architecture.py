@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 # From the leaves up. A module imports from the layers before its own; leaves also one another.
 LAYERS = [
-    {"weights", "train", "data", "metrics", "feedback", "contrastive"},
+    {"weights", "train", "data", "metrics", "feedback", "figures", "contrastive"},
     {"transformer"},
     {"text", "vision", "audio", "convolution", "quantization", "ctc", "streams"},
     {"wordpiece", "pages", "modalities"},
@@ -26,13 +26,13 @@ LAYERS = [
     {"lora", "xray"},
 ]
 NEVER_IN_MMLEARN = """
-    course IPython ipykernel ipywidgets jupyter_client jupyter_core jupyterlab jupytext matplotlib
+    course IPython ipykernel ipywidgets jupyter_client jupyter_core jupyterlab jupytext
     nbclient nbconvert nbformat nbgrader notebook papermill rich typer
 """
 # Seconds to import, or not there on Colab: only inside the functions that need them.
 ONLY_INSIDE_FUNCTIONS = """
-    accelerate datasets huggingface_hub open_clip safetensors sklearn torchaudio torchmetrics
-    torchvision transformers
+    accelerate datasets huggingface_hub matplotlib open_clip safetensors sklearn torchaudio
+    torchmetrics torchvision transformers
 """
 # What a notebook may use besides mmlearn and its dependencies: Colab has these, too.
 FOR_NOTEBOOKS = "IPython datasets ipywidgets matplotlib torchaudio torchvision transformers"
