@@ -1,5 +1,6 @@
 """Every week of the course: proved, built, committed as built, and written to the house style."""
 
+import ast
 import os
 import re
 import shutil
@@ -187,6 +188,26 @@ def test_cells_are_short_enough_to_be_read(week):
     assert 3 <= statistics.median(given) <= 15  # a plot takes more lines than an idea
     assert max(given) <= 30
     assert max(lengths) <= 60  # a check with its hidden region
+
+
+def test_every_figure_ends_its_cell_and_has_a_name_and_a_description(week):
+    # `show` returns the picture: anywhere else than at the end of a cell nobody would see it.
+    named = []
+    for cell in (cell for cell in week.cells if cell.kind == "code"):
+        body = ast.parse(cell.text).body
+        calls = [n for n in ast.walk(ast.parse(cell.text)) if _calls(n, "show")]
+        if not calls:
+            continue
+        assert len(calls) == 1, f"line {cell.line} shows several figures"
+        last = body[-1].value if isinstance(body[-1], ast.Expr) else None
+        assert _calls(last, "show"), f"the figure of line {cell.line} does not end its cell"
+        named.append(ast.literal_eval(last.args[1]))
+        assert len(last.args) == 3, f"the figure {named[-1]} is not described"
+    assert len(named) == len(set(named)) >= 4
+
+
+def _calls(node, name):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
 
 
 def test_cells_are_plain_markdown_with_no_address_but_those_of_papers(student):

@@ -39,30 +39,11 @@ torch.set_num_threads(1)  # these tensors are tiny: more threads would only wait
 device = choose_device(DEVICE)
 
 # %% tags=["experiment", "hide-input"]
-import base64
-import html
-import io
-
 import matplotlib.pyplot as plt
-from IPython.display import display
 
-# Okabe and Ito's colours: told apart with any kind of colour vision.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-plt.rcParams |= {"figure.dpi": 110, "font.size": 9, "axes.titlesize": 10, "legend.frameon": False}
-plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.titlesize": 11}
+from mmlearn.figures import BLUE, GREEN, GREY, ORANGE, RED, set_style, show
 
-
-def show(figure, alt):
-    """Show a figure, with a description for those who cannot see it."""
-    picture, alt = io.BytesIO(), " ".join(alt.split())
-    figure.savefig(picture, bbox_inches="tight")
-    plt.close(figure)
-    png = base64.b64encode(picture.getvalue()).decode()
-    # JupyterLab and the exporters read the description of an HTML image, not of a bare PNG.
-    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{png}">'
-    bundle = {"text/html": image, "image/png": png, "text/plain": alt}
-    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
-
+set_style()
 
 # %% [markdown]
 # ## 1. A sentence with pictures in it
@@ -160,7 +141,7 @@ figure.suptitle(title, y=1.05)
 figure.text(0.5, -0.06, "position in the sequence", ha="center")
 alt = """Two rows of 13 boxes. Box 0 holds a word. Boxes 1 to 12 hold patches of 4 by 4 pixels; every
 four of them are one digit. In the lower row the last four boxes are grey padding."""
-show(figure, alt)
+show(figure, "sentence", alt)
 
 # %% [markdown]
 # *What to see.* Positions 1 to 4 are the first picture: upper left, upper right, lower left, lower right. The model gets exactly this row and nothing else: neither which patches belong together, nor that position 0 is a word.
@@ -534,7 +515,7 @@ right.set_title("Only √K gives every width the same gradient")
 alt = """Left: entropy of the weights against key width. Unscaled it falls from near 3 nats towards 0;
 divided by the root of K it stays near 3.7; divided by K it rises to log 64. Right: gradient at the
 query. Unscaled, the band spans many powers of ten; with the root of K it is narrow and flat."""
-show(figure, alt)
+show(figure, "scaling", alt)
 
 # %% [markdown]
 # *What to see.* Unscaled, the weights collapse onto one key, and gradients become a lottery: most queries get nearly none, a few get a huge one. That is why the *mean* gradient would mislead you here; look at the band. Divided by $K$, attention falls back to the naive average, and the gradient shrinks. Only $\sqrt K$ is flat in both pictures.
@@ -819,7 +800,7 @@ axes[0].set_ylabel("who looks")
 alt = """Three square grids of nine positions: four patches, three words, two paddings. Left: all
 columns but the last two are light. Middle: the lower triangle is light, without the padding. Right:
 the first four columns are light in every row, besides the triangle in the words' columns."""
-show(figure, alt)
+show(figure, "masks", alt)
 
 # %% [markdown]
 # *What to see.* The padding's columns are dark everywhere, its rows are not. And a mask that hides a whole row? Then every score is $-\infty$, and the softmax divides 0 by 0. `mmlearn` refuses such a mask by name; the bare formula returns NaN, which one step of training spreads over all weights.
@@ -1344,7 +1325,7 @@ figure.suptitle(f"Mixing twice the tokens: 4 times the multiplications, {title}"
 alt = """Two log-log plots against sequence length. Left, counted: the mixing has slope 2, projections
 and MLP slope 1; they cross at 384 tokens. Right, measured: the mixing again rises more steeply and
 crosses earlier; for long sequences your formula lies above the fused kernel."""
-show(figure, alt)
+show(figure, "cost", alt)
 
 # %% [markdown]
 # *What to see.* Long sequences follow the count, but the crossing comes earlier, and your formula may even grow faster than 4 times: its $L \times L$ weights are written to memory and read back several times ($4HL^2$ bytes: 16 MiB here at 1,024 tokens, far more than a core's own cache). The fused kernel never stores them (Dao 2022, section 3.1). Same formula, same numbers, less traffic: that is why `mmlearn` trains with it, and why your version stays useful, since it shows the weights.
@@ -1653,7 +1634,7 @@ post, pre = (runs[0].mean() / runs[-1].mean() for runs in norms.values())
 ax.set_title(f"2 to 32 blocks: pre-norm shrinks {pre:.1f} times, post-norm {post:.1f}")
 alt = """Gradient norm at the last block against the number of blocks, log-log. The post-norm line is
 flat; the pre-norm line falls along a dotted line of slope minus one half."""
-show(figure, alt)
+show(figure, "gradients", alt)
 
 # %% [markdown]
 # *What to see.* Theory says $\sqrt{32/2} = 4$ for pre-norm and 1 for post-norm. **Beside the paper:** Xiong 2020, figure 3(c, d), shows the same for encoders and decoders of 6 to 14 layers: flat, around 1.6, for post-norm, falling for pre-norm. Our level is lower because theirs is a translation model, wider and with a large vocabulary; the *shape* does not depend on that. Section 12 shows what it means for training.
@@ -2147,7 +2128,7 @@ figure.suptitle(f"A word that may choose: {best:.0%} right; one that averages: {
 alt = """Left: training loss over 300 steps. Own token only stays near log 10; the average and the
 model without positions level off; four heads end lowest. Right: accuracy for first, last, largest.
 Own token is near chance, the average near or below one half, four heads highest throughout."""
-show(figure, alt)
+show(figure, "learning", alt)
 
 # %% [markdown]
 # *What to see.* Compare with your three guesses.
@@ -2213,7 +2194,7 @@ figure.suptitle("Each head reads one quarter of a picture; the word chooses whic
 alt = """Heat maps, a column for each of four heads, a row for each question. Each shows the 2 by 6
 patches of three pictures side by side. In the row first, one patch of the left picture is bright;
 in the row last the same patch of the right one; in the row largest the weight is spread."""
-show(figure, alt)
+show(figure, "heads", alt)
 
 # %% [markdown]
 # *What to see.* A head has become a reader of one quarter: nearly always the same quarter whether the word says `first` or `last`; only the picture changes. Four averages carry four patches side by side, which is what one head could not do. Look at the printed favourites, too: in some runs two heads share a quarter, and nothing forbids it.
@@ -2271,7 +2252,7 @@ figure.suptitle(f"{title} depend on")
 alt = """Three bar charts: share of attention, and share of right answers that change when a picture
 becomes a 0. For first both are high at picture 1, for last at picture 3, elsewhere near 0. For
 largest, attention is spread over all digits, while most answers depend on the largest alone."""
-show(figure, alt)
+show(figure, "intervention", alt)
 
 # %% [markdown]
 # *What to see.* For `first` and `last`, looking and depending agree (one digit in ten is a 0 already, so about 0.9 is the most to expect). For `largest` they part. When the word looks, nothing has been compared yet: keys of large digits score a little higher, no more. The decision falls afterwards, in the MLP, and leaves no trace in the map. Week 13 comes back to where such maps mislead (Jain and Wallace 2019).
@@ -2318,7 +2299,7 @@ ax.set_title(f"Six blocks, no warm-up: post-norm ends at {post}, pre-norm at {pr
 ax.legend()
 alt = """Training loss over 100 steps, two seeds each. The post-norm lines stay near log 10; the
 pre-norm lines fall clearly below it."""
-show(figure, alt)
+show(figure, "warmup", alt)
 
 # %% [markdown]
 # *What to see.* Without warm-up the post-norm stack stays at guessing, while yours learns. This does not make post-norm wrong: with warm-up and a smaller rate it trains, and BERT, LayoutLM and wav2vec 2.0 base are built so. It makes it *fragile*. The size of gradients is not the whole reason, since Adam divides it out: Liu et al. 2020 show that a post-norm stack also amplifies small changes of its weights.

@@ -19,14 +19,9 @@ SCALE = "cpu"
 DATA = "embedded"
 
 # %%
-import base64
-import html
-import io
 import math
 
-import matplotlib.pyplot as plt
 import torch
-from IPython.display import display
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -41,22 +36,12 @@ from mmlearn.vision import ConvStem
 torch.set_num_threads(1)  # models this small are faster on one thread than on two
 device = choose_device(DEVICE)
 
-# %%
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # safe for colour blindness
+# %% tags=["experiment", "hide-input"]
+import matplotlib.pyplot as plt
 
+from mmlearn.figures import BLUE, GREEN, GREY, RED, set_style, show
 
-def show(figure, alt):
-    """Show a figure, with a description for those who cannot see it."""
-    picture = io.BytesIO()
-    figure.savefig(picture, bbox_inches="tight")
-    plt.close(figure)
-    png = base64.b64encode(picture.getvalue()).decode()
-    # JupyterLab and the exporters read the description of an HTML image, not of a bare PNG.
-    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{png}">'
-    bundle = {"text/html": image, "image/png": png, "text/plain": alt}
-    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
-
+set_style()
 
 # %% [markdown]
 # ## 1. Pictures with something said about them
@@ -86,7 +71,11 @@ for axis in axes.flat:
     axis.set(xticks=[], yticks=[])
 axes[0, 0].set_ylabel("digits, 8 × 8")
 axes[1, 0].set_ylabel("scenes, 32 × 32")
-show(figure, "Six handwritten digits with captions such as 'the digit 3', and six coloured shapes.")
+show(
+    figure,
+    "data",
+    "Six handwritten digits with captions such as 'the digit 3', and six coloured shapes.",
+)
 
 # %% [markdown]
 # Thirty of the 36 combinations of colour and shape are in the training set. The other six never are,
@@ -207,7 +196,7 @@ def similarity(images_IE, texts_TE, scale):
 # %% tags=["experiment"]
 scales = torch.logspace(0, 2, 200)
 figure, axis = plt.subplots(figsize=(7, 3.6))
-for size, colour in ((64, BLUE), (1024, GREEN), (32768, ORANGE)):
+for size, colour in ((64, BLUE), (1024, GREEN), (32768, RED)):
     floor = torch.log1p((size - 1) * torch.exp(-scales * size / (size - 1)))
     axis.plot(
         scales, floor, color=colour, label=f"N = {size:,}: guessing scores {math.log(size):.1f}"
@@ -221,6 +210,7 @@ axis.set_title("Without a scale, even a perfect model looks like a guesser")
 axis.legend(fontsize=8)
 show(
     figure,
+    "floor",
     "The lowest possible loss falls from near ln N at scale 1 to zero around scale 10 to 20.",
 )
 
@@ -834,7 +824,7 @@ floor = torch.stack([(d[:, None] == d).sum(1).float().log().mean() for d in draw
 
 # %% tags=["experiment"]
 figure, axis = plt.subplots(figsize=(7, 3.6))
-for run, colour in zip(digit_runs, (BLUE, ORANGE, GREEN)):
+for run, colour in zip(digit_runs, (BLUE, RED, GREEN)):
     axis.plot(run.smooth(15), color=colour)
 axis.axhline(math.log(64), color=GREY, linestyle="--")
 axis.text(400, math.log(64) - 0.02, "guessing, ln 64", ha="right", va="top", color=GREY)
@@ -848,6 +838,7 @@ axis.set(
 )
 show(
     figure,
+    "training",
     "Three loss curves fall from 4.2 nats and level out near a dotted line at about 1.9 nats.",
 )
 
@@ -886,6 +877,7 @@ axes[0].set_ylabel("test picture of the digit …")
 figure.colorbar(image, ax=axes, label="cosine")
 show(
     figure,
+    "similarities",
     "Cosines of 40 pictures with ten captions: all alike before training, a bright diagonal after.",
 )
 
@@ -965,7 +957,7 @@ figure, axis = plt.subplots(figsize=(7, 3.6))
 names = list(scene_rows[0])
 for i, name in enumerate(names):
     values = [row[name] for row in scene_rows]
-    colour = BLUE if name.startswith("seen") else ORANGE
+    colour = BLUE if name.startswith("seen") else RED
     axis.bar(i, sum(values) / 3, color=colour, alpha=0.35)
     axis.plot([i] * 3, values, "o", color=colour, markersize=4)
     print(f"{name:14} {mean_and_spread(values)}")
@@ -979,6 +971,7 @@ axis.set(
 )
 show(
     figure,
+    "unseen",
     "Bars for seen and unseen combinations, with a dot for each of three seeds; chance is 0.03.",
 )
 
@@ -993,11 +986,13 @@ guesses = zero_shot(scene, scene_pairs, unseen_scenes.subset(range(8)), ["a {}"]
 for axis, guess, i in zip(axes, guesses, range(8)):
     axis.imshow(unseen_scenes.images[i].permute(1, 2, 0))
     right = guess == unseen_scenes.labels[i]
-    axis.set_title(scenes.CLASS_NAMES[guess], fontsize=8, color=GREEN if right else ORANGE)
+    axis.set_title(scenes.CLASS_NAMES[guess], fontsize=8, color=GREEN if right else RED)
     axis.set(xticks=[], yticks=[])
     axis.set_xlabel("right" if right else scenes.CLASS_NAMES[unseen_scenes.labels[i]], fontsize=8)
 show(
-    figure, "Eight scenes of unseen combinations with the model's answer above and the truth below."
+    figure,
+    "answers",
+    "Eight scenes of unseen combinations with the model's answer above and the truth below.",
 )
 
 # %% [markdown]
@@ -1146,7 +1141,7 @@ for size in (8, 32, 128):
 
 # %% tags=["experiment"]
 figure, axis = plt.subplots(figsize=(7, 3.6))
-for loss, colour in (("softmax", BLUE), ("sigmoid", ORANGE)):
+for loss, colour in (("softmax", BLUE), ("sigmoid", RED)):
     sizes = sorted({size for size, _, _ in batch_rows})
     scores = [[s for n, name, s in batch_rows if (n, name) == (size, loss)] for size in sizes]
     axis.plot(sizes, [sum(s) / len(s) for s in scores], color=colour, label=loss)
@@ -1161,7 +1156,11 @@ axis.set(
     title="More negatives in each step teach more",
 )
 axis.legend()
-show(figure, "Zero-shot accuracy of the softmax and the sigmoid loss at batch sizes 8, 32 and 128.")
+show(
+    figure,
+    "batches",
+    "Zero-shot accuracy of the softmax and the sigmoid loss at batch sizes 8, 32 and 128.",
+)
 
 # %% [markdown]
 # More pairs a step are more pictures *and* more wrong answers to compare with, so both losses gain.
@@ -1356,9 +1355,7 @@ for N in (256, 512, 1024, 2048, 4096):
 # %% tags=["experiment"]
 figure, axis = plt.subplots(figsize=(7, 3.6))
 sizes, full, tiled = zip(*memory_rows)
-axis.loglog(
-    sizes, [m / 2**20 for m in full], "o-", color=ORANGE, label="whole table: grows with N²"
-)
+axis.loglog(sizes, [m / 2**20 for m in full], "o-", color=RED, label="whole table: grows with N²")
 axis.loglog(sizes, [m / 2**20 for m in tiled], "o-", color=BLUE, label="your tiles of 256")
 axis.set_xticks(sizes, sizes)
 axis.minorticks_off()
@@ -1370,6 +1367,7 @@ axis.set(
 axis.legend()
 show(
     figure,
+    "memory",
     "On log axes, memory of the full loss grows with the square of N; the tiled loss stays small.",
 )
 
