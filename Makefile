@@ -15,7 +15,7 @@ WEEK ?=
 PYTEST_WORKERS ?= logical
 PYTEST := $(PY) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup demo test lab build check verify lint format clean bench constraints
+.PHONY: help setup demo test lab build check verify slides lint format clean bench constraints
 
 help: ## this list
 	@echo "usage: make TARGET [PYTHON=python3.12] [WEEK=3] [ARGS='...']"
@@ -51,6 +51,9 @@ check: setup ## run the solved weeks with papermill; on a GPU: make check ARGS="
 
 verify: setup ## prove the grading: solutions pass, stubs fail, every wrong answer is caught
 	@$(PY) -m course verify $(WEEK) $(ARGS)
+
+slides: setup ## slides with the weeks' figures; as pages: make slides ARGS=--html
+	@$(PY) -m course slides $(WEEK) $(ARGS)
 
 lint: setup ## what .ci/run asks of the code: ruff, and its format
 	@$(PY) -m ruff check .

@@ -143,6 +143,34 @@ def verify(weeks: Weeks = None, as_json: AsJson = False) -> None:
 
 
 @cli.command()
+def slides(
+    weeks: Weeks = None,
+    html: Annotated[bool, typer.Option("--html", help="a page each, which needs nothing")] = False,
+    pdf: Annotated[bool, typer.Option("--pdf", help="a PDF each; needs a browser, too")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make slides from the decks, with the weeks' own figures.
+
+    Writes build/slides/WEEK.md with its pictures beside it, for an editor with a Marp preview.
+    A week whose kept run (course check) is out of date is run first. HTML and PDF
+    are made by Marp: the one on PATH, or fetched by npx where Node.js is installed.
+
+    \b
+    Example:
+      python -m course slides
+      python -m course slides 3 --html
+      python -m course slides w01 w03 --html --pdf
+    """
+    from course.show import make_slides, print_slides
+
+    made = make_slides(weeks, html, pdf, show=not as_json)
+    if as_json:
+        print(json.dumps([deck.as_json() for deck in made], indent=1))
+    else:
+        print_slides(made)
+
+
+@cli.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder")],
 ) -> None:

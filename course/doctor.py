@@ -28,6 +28,7 @@ HELPERS = {
     "ffmpeg": ("ffmpeg", "speech pipelines that are given a path to a sound file"),
     "tesseract": ("tesseract-ocr", "document pipelines that read the words of a scan themselves"),
     "chromium": ("chromium", "the tests that open pages in a browser"),
+    "node": ("nodejs npm", "slides as HTML or PDF, which Marp makes"),
 }
 
 

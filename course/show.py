@@ -1,7 +1,7 @@
 """What the verbs put on the terminal: bars on stderr while they work, tables on stdout."""
 
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 from rich import box
 from rich.console import Console
@@ -64,6 +64,25 @@ def verify_weeks(weeks, show: bool = True):
         return verify(weeks, done=done)
 
 
+def make_slides(weeks, html: bool, pdf: bool, show: bool = True) -> list:
+    """Make slides behind a bar, below another for the weeks that must be run first."""
+    from course.decks import make_slides as make
+
+    with ExitStack() as stack:
+        bars = []  # begun when no week is running any more: two at a time overwrite each other
+
+        def run(names, folder, to):
+            return run_weeks(names, show=show, folder=folder, to=to)
+
+        def on_step(what: str, step: int, steps: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(_bar(show)))
+                bars[0].add_task("slides", note="")
+            bars[0].update(bars[0].task_ids[0], completed=step, total=steps, note=what)
+
+        return make(weeks, html=html, pdf=pdf, run=run, on_step=on_step)
+
+
 def _bar(show: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -115,6 +134,21 @@ def print_runs(runs, together: int) -> None:
                 print("    " + text.replace("\n", "\n    "))
     folders = sorted({os.path.dirname(run.notebook) for run in runs})
     print(f"The executed notebooks, with their plots: {', '.join(folders)}")
+
+
+def print_slides(made) -> None:
+    """What `course slides` wrote, and from which run its figures are."""
+    table = Table("week", box=box.SIMPLE_HEAD)
+    for column in ("slides", "figures"):
+        table.add_column(column, justify="right")
+    table.add_column("from a run")
+    for deck in made:
+        ran = "of this moment" if deck.ran else "that course check kept"
+        table.add_row(deck.week, str(deck.slides), str(deck.figures), ran)
+    Console().print(table)
+    folder = os.path.dirname(made[0].files[0])
+    kinds = [os.path.splitext(file)[1][1:] for file in made[0].files]
+    print(f"As {', '.join(kinds)} in {folder}")
 
 
 def print_findings(rows) -> None:

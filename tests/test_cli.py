@@ -16,7 +16,7 @@ from course.source import CourseError
 
 ROOT = Path(__file__).parent.parent
 WEEKS = Path(__file__).parent / "weeks"
-VERBS = "lab build check verify init release grade report samples demo doctor".split()
+VERBS = "lab build check verify slides init release grade report samples demo doctor".split()
 
 
 @pytest.fixture

@@ -1,17 +1,23 @@
 # %% [markdown]
 # # Week 1. How does a token look at other tokens?
 #
-# A transformer reads one row of tokens. A token may be a word, a patch of a picture, a slice of sound: the model does not care, as long as each is a vector. What makes the row more than a heap is **attention**: each token decides which other tokens it takes from, and how much.
+# A transformer reads one row of tokens. A token may be a word, a patch of a picture, a slice of
+# sound: the model does not care, as long as each is a vector. What makes the row more than a heap
+# is **attention**: each token decides which other tokens it takes from, and how much.
 #
-# This week you build that step by step, from one formula to a small model that reads a question word and a row of pictures in one sentence, and answers. It trains in seconds, on your code.
+# This week you build that step by step, from one formula to a small model that reads a question
+# word and a row of pictures in one sentence, and answers. It trains in seconds, on your code.
 #
 # **You will be able to**
 #
-# - write scaled dot-product attention, masks, several heads, a block and a training loop from memory;
-# - say why the scores are divided by $\sqrt K$, why the norm stands before the sublayer, and what a longer sequence costs, with numbers that you measured;
+# - write scaled dot-product attention, masks, several heads, a block and a training loop from
+#   memory;
+# - say why the scores are divided by $\sqrt K$, why the norm stands before the sublayer, and what a
+#   longer sequence costs, with numbers that you measured;
 # - check an attention layer by laws that must hold, before you trust its training.
 #
-# Plan for 90 to 120 minutes. You need Python, tensors and `nn.Module`. Computing takes about a minute in all.
+# Plan for 90 to 120 minutes. You need Python, tensors and `nn.Module`. Computing takes about a
+# minute in all.
 
 # %% tags=["parameters"]
 SEED = 0
@@ -20,7 +26,10 @@ SCALE = "cpu"  # "gpu" runs the larger experiment at the end in full
 DATA = "embedded"  # "hub" fetches MNIST instead of scikit-learn's digits
 
 # %% [markdown]
-# **How a week works.** Run the cells from top to bottom. Where you see `# YOUR CODE HERE`, write; the cell below checks you and, for mistakes that many people make, tells you which one it was. Grading asks for more than you see. Before a result, you are asked for a prediction: write it down, being wrong is how the number sticks.
+# **How a week works.** Run the cells from top to bottom. Where you see `# YOUR CODE HERE`, write;
+# the cell below checks you and, for mistakes that many people make, tells you which one it was.
+# Grading asks for more than you see. Before a result, you are asked for a prediction: write it
+# down, being wrong is how the number sticks.
 
 # %%
 import math
@@ -48,9 +57,11 @@ set_style()
 # %% [markdown]
 # ## 1. A sentence with pictures in it
 #
-# Our sentences look like this: a question word, then two or three handwritten digits, each cut into four patches. The question is `first`, `last` or `largest`; the answer is a digit.
+# Our sentences look like this: a question word, then two or three handwritten digits, each cut into
+# four patches. The question is `first`, `last` or `largest`; the answer is a digit.
 #
-# The pictures are real: scikit-learn's scans, 8 by 8 pixels. The test set holds forms filled in by people whose handwriting is not in the training set.
+# The pictures are real: scikit-learn's scans, 8 by 8 pixels. The test set holds forms filled in by
+# people whose handwriting is not in the training set.
 
 # %%
 QUESTIONS = ("first", "last", "largest")
@@ -72,7 +83,9 @@ def cut(images, side):
 
 
 # %% [markdown]
-# Sentences differ in length, tensors do not: a sentence with two pictures is filled up with zeros, and `is_token` remembers where. Each batch is drawn anew from 1,287 pictures, so no sentence is likely to be seen twice. The class below is plumbing: skim it, and go on to what it prints.
+# Sentences differ in length, tensors do not: a sentence with two pictures is filled up with zeros,
+# and `is_token` remembers where. Each batch is drawn anew from 1,287 pictures, so no sentence is
+# likely to be seen twice. The class below is plumbing: skim it, and go on to what it prints.
 
 
 # %%
@@ -144,13 +157,19 @@ four of them are one digit. In the lower row the last four boxes are grey paddin
 show(figure, "sentence", alt)
 
 # %% [markdown]
-# *What to see.* Positions 1 to 4 are the first picture: upper left, upper right, lower left, lower right. The model gets exactly this row and nothing else: neither which patches belong together, nor that position 0 is a word.
+# *What to see.* Positions 1 to 4 are the first picture: upper left, upper right, lower left, lower
+# right. The model gets exactly this row and nothing else: neither which patches belong together,
+# nor that position 0 is a word.
 #
-# > **Predict.** The answer will be read from the word's position. How often will a model be right whose word (a) sees only itself, (b) gets the average of all tokens, (c) may choose what to take? Guess three percentages. Ten digits; `largest` is not uniform.
+# > **Predict.** The answer will be read from the word's position. How often will a model be right
+# > whose word (a) sees only itself, (b) gets the average of all tokens, (c) may choose what to
+# > take? Guess three percentages. Ten digits; `largest` is not uniform.
 #
 # ## 2. Attention: choosing what to average
 #
-# The naive way to let a token know its sentence is to give it the average of all tokens. It costs almost nothing, and it is the same for every token and every question: whatever the word, `first` gets what `last` gets.
+# The naive way to let a token know its sentence is to give it the average of all tokens. It costs
+# almost nothing, and it is the same for every token and every question: whatever the word, `first`
+# gets what `last` gets.
 
 
 # %%
@@ -162,16 +181,21 @@ def average(queries, keys, values, mask):
 
 
 # %% [markdown]
-# The better way keeps the average but lets each token choose its weights. From every token three vectors are made: a **query** (what do I look for?), a **key** (what do I offer?) and a **value** (what do I pass on?). The score of token $i$ for token $j$ is the dot product $q_i \cdot k_j$; softmax turns a row of scores into weights that sum to one:
+# The better way keeps the average but lets each token choose its weights. From every token three
+# vectors are made: a **query** (what do I look for?), a **key** (what do I offer?) and a **value**
+# (what do I pass on?). The score of token $i$ for token $j$ is the dot product $q_i \cdot k_j$;
+# softmax turns a row of scores into weights that sum to one:
 #
 # $$ \mathrm{Attention}(Q, K, V) = \mathrm{softmax}\!\left(\frac{QK^\top}{\sqrt{K}}\right) V $$
 #
-# Under the root, $K$ is the width of a key (the paper's $d_k$). Why it is there is section 3; here, just divide.
+# Under the root, $K$ is the width of a key (the paper's $d_k$). Why it is there is section 3; here,
+# just divide.
 
 # %% [markdown] exercise="attention" difficulty=2 minutes=15
 # ### Exercise 1. Attention
 #
-# Write the formula. Where a mask is given, `True` means *may attend*: a key that may not be seen gets the weight 0, and the others in its row still sum to 1.
+# Write the formula. Where a mask is given, `True` means *may attend*: a key that may not be seen
+# gets the weight 0, and the others in its row still sum to 1.
 #
 # | argument | shape |
 # |---|---|
@@ -181,16 +205,20 @@ def average(queries, keys, values, mask):
 # | `mask` | boolean, broadcasts to `[..., L, S]` |
 # | returns | the mixed values `[..., L, Kv]` and the weights `[..., L, S]` |
 #
-# *Afterwards you can say:* "Attention is a weighted average of values; the weights are a softmax over **keys** of scaled dot products. Masked scores become minus infinity **before** the softmax, so that the rest still sums to one."
+# *Afterwards you can say:* "Attention is a weighted average of values; the weights are a softmax
+# over **keys** of scaled dot products. Masked scores become minus infinity **before** the softmax,
+# so that the rest still sums to one."
 #
 # <details><summary>Hint 1: the shapes</summary>
 #
-# `queries @ keys.transpose(-2, -1)` has the shape `[..., L, S]`: one row for each query. Which axis must sum to one?
+# `queries @ keys.transpose(-2, -1)` has the shape `[..., L, S]`: one row for each query. Which axis
+# must sum to one?
 #
 # </details>
 # <details><summary>Hint 2: the mask</summary>
 #
-# $e^{-\infty} = 0$. `tensor.masked_fill(where, value)` fills where `where` is `True`; you want to fill where attending is *not* allowed.
+# $e^{-\infty} = 0$. `tensor.masked_fill(where, value)` fills where `where` is `True`; you want to
+# fill where attending is *not* allowed.
 #
 # </details>
 # <details><summary>Hint 3: pseudocode</summary>
@@ -450,7 +478,8 @@ def attention(queries, keys, values, mask=None):
 
 
 # %% [markdown]
-# PyTorch has this formula as one fused function. Yours should agree with it to the rounding of float32, about seven digits.
+# PyTorch has this formula as one fused function. Yours should agree with it to the rounding of
+# float32, about seven digits.
 
 # %% tags=["experiment"]
 generator = set_seed(SEED)
@@ -462,15 +491,20 @@ print(f"largest difference from torch: {(attended - theirs).abs().max():.1e}")
 # %% [markdown]
 # ## 3. Why divide by $\sqrt K$?
 #
-# Let the components of $q$ and $k$ be independent, with mean 0 and variance 1. Then each product $q_c k_c$ has mean 0 and variance 1, and the score, a sum of $K$ of them, has
+# Let the components of $q$ and $k$ be independent, with mean 0 and variance 1. Then each product
+# $q_c k_c$ has mean 0 and variance 1, and the score, a sum of $K$ of them, has
 #
 # $$ \mathbb{E}[q \cdot k] = 0, \qquad \mathrm{Var}[q \cdot k] = \sum_{c=1}^{K} \mathrm{Var}[q_c k_c] = K . $$
 #
-# So scores are of the size $\sqrt K$, and dividing by $\sqrt K$ brings them back to 1 for every width (Vaswani 2017, section 3.2.1, footnote 4).
+# So scores are of the size $\sqrt K$, and dividing by $\sqrt K$ brings them back to 1 for every
+# width (Vaswani 2017, section 3.2.1, footnote 4).
 #
-# What does size do to a softmax with weights $p$? Its derivative is $\partial p_i / \partial s_j = p_i(\delta_{ij} - p_j)$. When one weight is near 1 and the others near 0, **every** entry is near 0: that query has stopped learning where to look.
+# What does size do to a softmax with weights $p$? Its derivative is $\partial p_i / \partial s_j =
+# p_i(\delta_{ij} - p_j)$. When one weight is near 1 and the others near 0, **every** entry is near
+# 0: that query has stopped learning where to look.
 #
-# > **Predict.** Over 64 random keys, how does the gradient that reaches a query change from $K = 4$ to $K = 1024$: without scaling, divided by $\sqrt K$, divided by $K$?
+# > **Predict.** Over 64 random keys, how does the gradient that reaches a query change from $K = 4$
+# > to $K = 1024$: without scaling, divided by $\sqrt K$, divided by $K$?
 
 
 # %%
@@ -518,31 +552,51 @@ query. Unscaled, the band spans many powers of ten; with the root of K it is nar
 show(figure, "scaling", alt)
 
 # %% [markdown]
-# *What to see.* Unscaled, the weights collapse onto one key, and gradients become a lottery: most queries get nearly none, a few get a huge one. That is why the *mean* gradient would mislead you here; look at the band. Divided by $K$, attention falls back to the naive average, and the gradient shrinks. Only $\sqrt K$ is flat in both pictures.
+# *What to see.* Unscaled, the weights collapse onto one key, and gradients become a lottery: most
+# queries get nearly none, a few get a huge one. That is why the *mean* gradient would mislead you
+# here; look at the band. Divided by $K$, attention falls back to the naive average, and the
+# gradient shrinks. Only $\sqrt K$ is flat in both pictures.
 
 # %% [markdown] written="scaling" points=2
 # ### Written question: the root
 #
-# A colleague says: "Dividing by $K$ is safer than by $\sqrt K$: scores get even smaller, so the softmax can never saturate." In three to five sentences: what is right in this, what goes wrong, and which number of the figure above shows it?
+# A colleague says: "Dividing by $K$ is safer than by $\sqrt K$: scores get even smaller, so the
+# softmax can never saturate." In three to five sentences: what is right in this, what goes wrong,
+# and which number of the figure above shows it?
 #
 # ### BEGIN SOLUTION
-# It is right that smaller scores cannot saturate the softmax: divided by $K$ their standard deviation is $\sqrt K / K = 1/\sqrt K$. But then all scores are nearly equal for wide keys, so the weights are nearly uniform and attention becomes the plain average that cannot choose. The gradient at the query shrinks too, like $1/\sqrt K$, so it learns slowly to do better. In the figure, the entropy for "divided by K" reaches $\log 64 \approx 4.16$ nats, that of 64 equal weights, and its gradient at $K = 1024$ is far below the constant one of "divided by √K".
+# It is right that smaller scores cannot saturate the softmax: divided by $K$ their standard
+# deviation is $\sqrt K / K = 1/\sqrt K$. But then all scores are nearly equal for wide keys, so the
+# weights are nearly uniform and attention becomes the plain average that cannot choose. The
+# gradient at the query shrinks too, like $1/\sqrt K$, so it learns slowly to do better. In the
+# figure, the entropy for "divided by K" reaches $\log 64 \approx 4.16$ nats, that of 64 equal
+# weights, and its gradient at $K = 1024$ is far below the constant one of "divided by √K".
 # ### END SOLUTION
 # ### BEGIN MARK SCHEME
-# - 1 point: says that the scores' standard deviation becomes $1/\sqrt K$ (or: all scores nearly equal), so attention turns into an average and/or its gradient shrinks.
-# - 1 point: names a number or a curve of the figure that shows it (entropy near log 64 = 4.16 nats; gradient far below that of √K).
+# - 1 point: says that the scores' standard deviation becomes $1/\sqrt K$ (or: all scores nearly
+#   equal), so attention turns into an average and/or its gradient shrinks.
+# - 1 point: names a number or a curve of the figure that shows it (entropy near log 64 = 4.16 nats;
+#   gradient far below that of √K).
 # ### END MARK SCHEME
 
 # %% [markdown]
 # ## 4. What attention cannot see: order
 #
-# Let $P$ be a permutation matrix that shuffles tokens. Shuffle queries, keys and values alike. Softmax acts on each row, so it commutes with shuffling rows and columns, and $P^\top P = 1$:
+# Let $P$ be a permutation matrix that shuffles tokens. Shuffle queries, keys and values alike.
+# Softmax acts on each row, so it commutes with shuffling rows and columns, and $P^\top P = 1$:
 #
 # $$ \mathrm{softmax}\!\left(\tfrac{PQ\,(PK)^\top}{\sqrt K}\right) PV
 #  = P\,\mathrm{softmax}\!\left(\tfrac{QK^\top}{\sqrt K}\right) P^\top P V
 #  = P\,\mathrm{Attention}(Q, K, V). $$
 #
-# Attention is **permutation-equivariant**: shuffle the tokens, and you get the same outputs, shuffled. So without help it cannot know which picture came `first`. The help is a position vector added to each token; section 10 measures what happens without it.
+# Attention is **permutation-equivariant**: shuffle the tokens, and you get the same outputs,
+# shuffled. So without help it cannot know which picture came `first`. The help is a position vector
+# added to each token; section 10 measures what happens without it.
+#
+# Any vectors do that break the symmetry. CLIP and BERT learn one for each position, as we shall;
+# Vaswani 2017 (section 3.5) takes sines and cosines of fixed wavelengths, and finds learned ones
+# nearly as good as these (table 3, row E); wav2vec 2.0 computes them from the neighbours with a
+# convolution (week 6); LayoutLM adds where on the page a word stands (week 5).
 
 # %% tags=["experiment"]
 order = torch.randperm(9, generator=set_seed(SEED))
@@ -553,14 +607,19 @@ print(f"shuffle, then attend: differs from attend, then shuffle by {difference:.
 # %% [markdown]
 # ## 5. Masks: who may look at whom
 #
-# Attention looks at everything, also at what it must not see: **padding**, which is no token at all, and, in a model that writes, the **future**. A mask says for each pair whether position $i$ may attend to position $j$.
+# Attention looks at everything, also at what it must not see: **padding**, which is no token at
+# all, and, in a model that writes, the **future**. A mask says for each pair whether position $i$
+# may attend to position $j$.
 #
-# Models that describe pictures (week 10) mix both kinds: the pictures stand first, and everyone may see them; the words after them see only what comes before. This is a *prefix* mask (Raffel 2020, section 3.2.1, figure 3).
+# Models that describe pictures (week 10) mix both kinds: the pictures stand first, and everyone may
+# see them; the words after them see only what comes before. This is a *prefix* mask (Raffel 2020,
+# section 3.2.1, figure 3).
 
 # %% [markdown] exercise="build_mask" difficulty=2 minutes=12
 # ### Exercise 2. Three masks in one function
 #
-# Position $i$ may attend to position $j$ if $j$ is a token, **and**, where `num_prefix` is given, if $j$ belongs to the first `num_prefix` positions **or** $j \le i$.
+# Position $i$ may attend to position $j$ if $j$ is a token, **and**, where `num_prefix` is given,
+# if $j$ belongs to the first `num_prefix` positions **or** $j \le i$.
 #
 # | argument | meaning |
 # |---|---|
@@ -568,18 +627,22 @@ print(f"shuffle, then attend: differs from attend, then shuffle by {difference:.
 # | `num_prefix` | `None`: no order; `0`: causal; `n`: the first n positions may be seen by all |
 # | returns | `[B, 1, L, L]`, boolean, `True` = may attend; row = who looks, column = at whom |
 #
-# The axis of size 1 is for the heads, which all share the mask. Rows of padding need no care: nobody reads what padding sees.
+# The axis of size 1 is for the heads, which all share the mask. Rows of padding need no care:
+# nobody reads what padding sees.
 #
-# *Afterwards you can say:* "Padding masks hide **columns**: a padded position may look, but nobody may look at it. Hiding its row as well would leave a softmax over nothing, which is NaN."
+# *Afterwards you can say:* "Padding masks hide **columns**: a padded position may look, but nobody
+# may look at it. Hiding its row as well would leave a softmax over nothing, which is NaN."
 #
 # <details><summary>Hint 1: rows and columns</summary>
 #
-# `is_token[:, None, None, :]` has the shape `[B, 1, 1, L]`: it says the same for every row. `expand` repeats it without copying.
+# `is_token[:, None, None, :]` has the shape `[B, 1, 1, L]`: it says the same for every row.
+# `expand` repeats it without copying.
 #
 # </details>
 # <details><summary>Hint 2: the triangle</summary>
 #
-# `torch.ones(L, L, dtype=torch.bool).tril()` is `True` where $j \le i$. Which entries of it does the prefix add: rows or columns?
+# `torch.ones(L, L, dtype=torch.bool).tril()` is `True` where $j \le i$. Which entries of it does
+# the prefix add: rows or columns?
 #
 # </details>
 # <details><summary>Hint 3: pseudocode</summary>
@@ -803,7 +866,9 @@ the first four columns are light in every row, besides the triangle in the words
 show(figure, "masks", alt)
 
 # %% [markdown]
-# *What to see.* The padding's columns are dark everywhere, its rows are not. And a mask that hides a whole row? Then every score is $-\infty$, and the softmax divides 0 by 0. `mmlearn` refuses such a mask by name; the bare formula returns NaN, which one step of training spreads over all weights.
+# *What to see.* The padding's columns are dark everywhere, its rows are not. And a mask that hides
+# a whole row? Then every score is $-\infty$, and the softmax divides 0 by 0. `mmlearn` refuses such
+# a mask by name; the bare formula returns NaN, which one step of training spreads over all weights.
 
 # %%
 from mmlearn.transformer import attention as reference_attention
@@ -819,9 +884,13 @@ except ValueError as error:
 # %% [markdown]
 # ## 6. Several heads
 #
-# One softmax is one average, and an average forgets where its parts came from: half of the upper left patch plus half of the lower right one is a blur. A word that must read a digit needs the four patches *side by side*.
+# One softmax is one average, and an average forgets where its parts came from: half of the upper
+# left patch plus half of the lower right one is a blur. A word that must read a digit needs the
+# four patches *side by side*.
 #
-# So the width $D$ is split into $H$ **heads** of $K = D/H$ each. Every head has its own queries, keys and values, and so its own average. The results are put side by side and mixed by one more matrix (Vaswani 2017, section 3.2.2):
+# So the width $D$ is split into $H$ **heads** of $K = D/H$ each. Every head has its own queries,
+# keys and values, and so its own average. The results are put side by side and mixed by one more
+# matrix (Vaswani 2017, section 3.2.2):
 #
 # $$ \mathrm{MultiHead}(X) = [\mathrm{head}_1; \dots; \mathrm{head}_H]\,W^O, \qquad \mathrm{head}_h = \mathrm{Attention}(XW^Q_h, XW^K_h, XW^V_h) $$
 
@@ -830,7 +899,9 @@ except ValueError as error:
 #
 # The projections are there. Write `forward`: project, split into heads, attend, merge, project.
 #
-# Use `self.attend(queries, keys, values, mask)` for the attention: it takes `[B, H, L, K]` and returns the mixed values and the weights. By default it is `mmlearn`'s, so that this exercise does not hang on your first one; in the experiments it will be yours.
+# Use `self.attend(queries, keys, values, mask)` for the attention: it takes `[B, H, L, K]` and
+# returns the mixed values and the weights. By default it is `mmlearn`'s, so that this exercise does
+# not hang on your first one; in the experiments it will be yours.
 #
 # | | shape |
 # |---|---|
@@ -838,13 +909,17 @@ except ValueError as error:
 # | `mask` | broadcasts to `[B, H, L, L]`, or `None` |
 # | returns | the states `[B, L, D]` and the weights `[B, H, L, L]` |
 #
-# Head $h$ owns the entries $hK$ to $(h+1)K - 1$ of the projected vector, as in every checkpoint that you will load.
+# Head $h$ owns the entries $hK$ to $(h+1)K - 1$ of the projected vector, as in every checkpoint
+# that you will load.
 #
-# *Afterwards you can say:* "Heads are slices of the width, so eight heads cost as much as one. A `view` from `[B, L, D]` to `[B, H, L, K]` runs without error and is wrong: it mixes tokens. Split the last axis, then transpose."
+# *Afterwards you can say:* "Heads are slices of the width, so eight heads cost as much as one. A
+# `view` from `[B, L, D]` to `[B, H, L, K]` runs without error and is wrong: it mixes tokens. Split
+# the last axis, then transpose."
 #
 # <details><summary>Hint 1: splitting</summary>
 #
-# `[B, L, D]` → `[B, L, H, K]` → `[B, H, L, K]`. The first arrow splits the last axis (`unflatten`, or `view`), the second swaps two axes (`transpose`).
+# `[B, L, D]` → `[B, L, H, K]` → `[B, H, L, K]`. The first arrow splits the last axis (`unflatten`,
+# or `view`), the second swaps two axes (`transpose`).
 #
 # </details>
 # <details><summary>Hint 2: merging</summary>
@@ -1138,7 +1213,9 @@ class MultiHead(nn.Module):
 
 
 # %% [markdown]
-# Two laws are worth testing in any model that you meet. **Padding**: a short sentence gives the same result alone and padded in a batch. **Order**: shuffled tokens give shuffled results. Both are cheap, and both catch bugs that training hides. Here with your attention inside your heads:
+# Two laws are worth testing in any model that you meet. **Padding**: a short sentence gives the
+# same result alone and padded in a batch. **Order**: shuffled tokens give shuffled results. Both
+# are cheap, and both catch bugs that training hides. Here with your attention inside your heads:
 
 # %% tags=["experiment"]
 set_seed(SEED)
@@ -1167,9 +1244,11 @@ print(f"largest difference from torch.nn.MultiheadAttention: {difference.abs().m
 # %% [markdown]
 # ## 7. What it costs
 #
-# A picture of twice the side has four times the patches. So it pays to know what grows how. Count multiplications in one block, for one sequence; additions come along with them.
+# A picture of twice the side has four times the patches. So it pays to know what grows how. Count
+# multiplications in one block, for one sequence; additions come along with them.
 #
-# Multiplying an `[L, D]` matrix by a `[D, F]` matrix takes $L \cdot D \cdot F$ multiplications. Everything below follows from that.
+# Multiplying an `[L, D]` matrix by a `[D, F]` matrix takes $L \cdot D \cdot F$ multiplications.
+# Everything below follows from that.
 
 # %% [markdown] exercise="block_cost" difficulty=2 minutes=8
 # ### Exercise 4. Count
@@ -1182,11 +1261,14 @@ print(f"largest difference from torch.nn.MultiheadAttention: {difference.abs().m
 #
 # Leave out biases, the softmax and the norms.
 #
-# *Afterwards you can say:* "Projections and MLP grow with $L$, the mixing with $L^2$. The mixing overtakes the rest only at $L = 2D + F$, which for $F = 4D$ is $6D$ tokens. Heads do not change the count."
+# *Afterwards you can say:* "Projections and MLP grow with $L$, the mixing with $L^2$. The mixing
+# overtakes the rest only at $L = 2D + F$, which for $F = 4D$ is $6D$ tokens. Heads do not change
+# the count."
 #
 # <details><summary>Hint 1: one head</summary>
 #
-# A head's queries are `[L, K]`, its keys transposed `[K, L]`. How many multiplications is that product? And `[L, L]` times `[L, K]`?
+# A head's queries are `[L, K]`, its keys transposed `[K, L]`. How many multiplications is that
+# product? And `[L, L]` times `[L, K]`?
 #
 # </details>
 # <details><summary>Hint 2: pseudocode</summary>
@@ -1270,7 +1352,8 @@ def block_cost(length, d_model, d_ff, num_heads):
 
 
 # %% [markdown]
-# > **Predict.** By your count, how much longer should the mixing take at 1,024 tokens than at 512? And at which length does it overtake projections and MLP, for $D = 64$? Will the clock agree?
+# > **Predict.** By your count, how much longer should the mixing take at 1,024 tokens than at 512?
+# > And at which length does it overtake projections and MLP, for $D = 64$? Will the clock agree?
 
 # %%
 from mmlearn.transformer import MLP
@@ -1328,15 +1411,25 @@ crosses earlier; for long sequences your formula lies above the fused kernel."""
 show(figure, "cost", alt)
 
 # %% [markdown]
-# *What to see.* Long sequences follow the count, but the crossing comes earlier, and your formula may even grow faster than 4 times: its $L \times L$ weights are written to memory and read back several times ($4HL^2$ bytes: 16 MiB here at 1,024 tokens, far more than a core's own cache). The fused kernel never stores them (Dao 2022, section 3.1). Same formula, same numbers, less traffic: that is why `mmlearn` trains with it, and why your version stays useful, since it shows the weights.
+# *What to see.* Long sequences follow the count, but the crossing comes earlier, and your formula
+# may even grow faster than 4 times: its $L \times L$ weights are written to memory and read back
+# several times ($4HL^2$ bytes: 16 MiB here at 1,024 tokens, far more than a core's own cache). The
+# fused kernel never stores them (Dao 2022, section 3.1). Same formula, same numbers, less traffic:
+# that is why `mmlearn` trains with it, and why your version stays useful, since it shows the
+# weights.
 #
 # ## 8. The block
 #
-# Attention moves information between tokens, but what arrives is a sum of values, which are linear in the tokens. Bending is left to a small **MLP** that follows, the same for every token. Both are *added* to the tokens, which form the **residual stream**, and each reads the stream through a **LayerNorm** of its own:
+# Attention moves information between tokens, but what arrives is a sum of values, which are linear
+# in the tokens. Bending is left to a small **MLP** that follows, the same for every token. Both are *added*
+# to the tokens, which form the **residual stream**, and each reads the stream through a **LayerNorm**
+# of its own:
 #
 # $$ x \leftarrow x + \mathrm{Attention}(\mathrm{LN}_1(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}_2(x)) $$
 #
-# The first transformer normalised after adding, $x \leftarrow \mathrm{LN}(x + \mathrm{Attention}(x))$. CLIP, ViT and most large models since normalise before. After you have written it, we measure why.
+# The first transformer normalised after adding, $x \leftarrow \mathrm{LN}(x +
+# \mathrm{Attention}(x))$. CLIP, ViT and most large models since normalise before. After you have
+# written it, we measure why.
 
 # %%
 from mmlearn.transformer import Attention
@@ -1344,15 +1437,19 @@ from mmlearn.transformer import Attention
 # %% [markdown] exercise="block" difficulty=3 minutes=12
 # ### Exercise 5. The pre-norm block
 #
-# The parts are there. Write `forward`: the two lines above, in this order. `self.attention(x, mask=mask)` returns a pair, the states and the weights; you need the states.
+# The parts are there. Write `forward`: the two lines above, in this order. `self.attention(x,
+# mask=mask)` returns a pair, the states and the weights; you need the states.
 #
 # Again, by default the attention is `mmlearn`'s; in the experiments it is your `MultiHead`.
 #
-# *Afterwards you can say:* "In a pre-norm block nothing stands on the residual path, so the identity runs from the last block to the first, and gradients with it. Post-norm puts a LayerNorm on that path at every step."
+# *Afterwards you can say:* "In a pre-norm block nothing stands on the residual path, so the
+# identity runs from the last block to the first, and gradients with it. Post-norm puts a LayerNorm
+# on that path at every step."
 #
 # <details><summary>Hint 1: what is added to what</summary>
 #
-# The norm is applied to what the sublayer *reads*, never to `x` itself: the second line starts from the un-normalised sum of the first.
+# The norm is applied to what the sublayer *reads*, never to `x` itself: the second line starts from
+# the un-normalised sum of the first.
 #
 # </details>
 # <details><summary>Hint 2: pseudocode</summary>
@@ -1575,7 +1672,8 @@ def block_with(attend):
 
 
 # %% [markdown]
-# With your heads inside, and your attention inside those, your block holds the same parameters under the same names as `mmlearn`'s. So its weights can be copied over, and the two must agree.
+# With your heads inside, and your attention inside those, your block holds the same parameters
+# under the same names as `mmlearn`'s. So its weights can be copied over, and the two must agree.
 
 # %% tags=["experiment"]
 set_seed(SEED)
@@ -1588,9 +1686,14 @@ print(f"largest difference from mmlearn's block, causal mask: {difference:.0e}")
 # %% [markdown]
 # ### Why the norm stands before
 #
-# In a pre-norm stack the stream is a sum: each block adds two terms of similar size, so its variance grows like the depth and its size like $\sqrt{\text{depth}}$. The final norm divides by that size, and the gradient that reaches the last block shrinks like $1/\sqrt{\text{depth}}$. In a post-norm stack every block ends in a norm, so the last block's gradient stays as large as in a shallow model, however many blocks must move together (Xiong 2020, theorem 1).
+# In a pre-norm stack the stream is a sum: each block adds two terms of similar size, so its
+# variance grows like the depth and its size like $\sqrt{\text{depth}}$. The final norm divides by
+# that size, and the gradient that reaches the last block shrinks like $1/\sqrt{\text{depth}}$. In a
+# post-norm stack every block ends in a norm, so the last block's gradient stays as large as in a
+# shallow model, however many blocks must move together (Xiong 2020, theorem 1).
 #
-# > **Predict.** From 2 blocks to 32, by what factor does the pre-norm gradient shrink, if this is right?
+# > **Predict.** From 2 blocks to 32, by what factor does the pre-norm gradient shrink, if this is
+# > right?
 
 # %%
 pre_norm, post_norm = block_with(attention), partial(ReferenceBlock, norm="post")
@@ -1637,27 +1740,39 @@ flat; the pre-norm line falls along a dotted line of slope minus one half."""
 show(figure, "gradients", alt)
 
 # %% [markdown]
-# *What to see.* Theory says $\sqrt{32/2} = 4$ for pre-norm and 1 for post-norm. **Beside the paper:** Xiong 2020, figure 3(c, d), shows the same for encoders and decoders of 6 to 14 layers: flat, around 1.6, for post-norm, falling for pre-norm. Our level is lower because theirs is a translation model, wider and with a large vocabulary; the *shape* does not depend on that. Section 12 shows what it means for training.
+# *What to see.* Theory says $\sqrt{32/2} = 4$ for pre-norm and 1 for post-norm. **Beside the
+# paper:** Xiong 2020, figure 3(c, d), shows the same for encoders and decoders of 6 to 14 layers:
+# flat, around 1.6, for post-norm, falling for pre-norm. Our level is lower because theirs is a
+# translation model, wider and with a large vocabulary; the *shape* does not depend on that. Section
+# 12 shows what it means for training.
 #
 # ## 9. The training loop
 #
-# Nothing is learned until someone moves the weights. A step is always the same: take a batch, compute the loss, clear old gradients, compute new ones, let the optimizer move the weights. Everything else in a training framework is built around these five.
+# Nothing is learned until someone moves the weights. A step is always the same: take a batch,
+# compute the loss, clear old gradients, compute new ones, let the optimizer move the weights.
+# Everything else in a training framework is built around these five.
 
 # %% [markdown] exercise="train" difficulty=3 minutes=15
 # ### Exercise 6. Five lines that train everything
 #
-# Write `train`. It puts the model into training mode, makes one `torch.optim.AdamW(model.parameters(), lr=lr)`, takes `steps` steps, each on the **next** batch, and leaves the model in evaluation mode. It returns the loss of each step, as plain Python floats.
+# Write `train`. It puts the model into training mode, makes one
+# `torch.optim.AdamW(model.parameters(), lr=lr)`, takes `steps` steps, each on the **next** batch,
+# and leaves the model in evaluation mode. It returns the loss of each step, as plain Python floats.
 #
-# - `batches`: any iterable of batches with at least `steps` of them, perhaps endless: take only what you need;
+# - `batches`: any iterable of batches with at least `steps` of them, perhaps endless: take only
+#   what you need;
 # - `loss_fn(model, batch)`: returns the loss of a batch, a tensor without dimensions.
 #
 # `fit_slope` is given: the checks use it to look at your loop. Leave it as it is.
 #
-# *Afterwards you can say:* "`backward` **adds** to the gradients, so they must be cleared at each step. Storing the loss tensor keeps its whole graph alive; store `loss.item()`. In its first step Adam moves every weight by about the learning rate, whatever the size of the gradient."
+# *Afterwards you can say:* "`backward` **adds** to the gradients, so they must be cleared at each
+# step. Storing the loss tensor keeps its whole graph alive; store `loss.item()`. In its first step
+# Adam moves every weight by about the learning rate, whatever the size of the gradient."
 #
 # <details><summary>Hint 1: the order</summary>
 #
-# `zero_grad`, `backward`, `step`. The loss that you record is that of the weights *before* the step.
+# `zero_grad`, `backward`, `step`. The loss that you record is that of the weights *before* the
+# step.
 #
 # </details>
 # <details><summary>Hint 2: taking only what you need</summary>
@@ -2025,7 +2140,10 @@ def fit_slope(slope, batches, steps, lr):
 # %% [markdown]
 # ## 10. One block reads a mixed sentence
 #
-# Now your parts meet. Words are looked up, patches are projected, both become vectors of width 64 in one row; a position vector is added; your block runs with your heads, your attention and your mask; the answer is read at the word's place. Once `tokens` is done, nothing marks any more what was word and what was picture.
+# Now your parts meet. Words are looked up, patches are projected, both become vectors of width 64
+# in one row; a position vector is added; your block runs with your heads, your attention and your
+# mask; the answer is read at the word's place. Once `tokens` is done, nothing marks any more what
+# was word and what was picture.
 
 
 # %%
@@ -2057,7 +2175,9 @@ class Reader(nn.Module):
 
 
 # %% [markdown]
-# Five models, three seeds each, the same 300 steps on the same sentences. They differ in one thing only: what a token may take from the others. The first two put something simpler in the place of your attention: no exchange at all, and the average of section 2.
+# Five models, three seeds each, the same 300 steps on the same sentences. They differ in one thing
+# only: what a token may take from the others. The first two put something simpler in the place of
+# your attention: no exchange at all, and the average of section 2.
 
 
 # %%
@@ -2135,16 +2255,21 @@ show(figure, "learning", alt)
 #
 # - **Own token only** learns nothing but how often each digit is the largest.
 # - **The average** hands every question the same soup of patches.
-# - **Without positions** `first` and `last` are no better than picking one of the pictures, as section 4 proved; `largest`, which needs no order, suffers least.
-# - **One head** must squeeze four patches through one average. Vaswani 2017 (table 3, rows A; section 6.2) lost 0.9 BLEU with one head instead of eight; ours loses more, presumably because the word has only one block in which to read four patches.
+# - **Without positions** `first` and `last` are no better than picking one of the pictures, as
+#   section 4 proved; `largest`, which needs no order, suffers least.
+# - **One head** must squeeze four patches through one average. Vaswani 2017 (table 3, rows A;
+#   section 6.2) lost 0.9 BLEU with one head instead of eight; ours loses more, presumably because
+#   the word has only one block in which to read four patches.
 #
 # `largest` is hardest: three digits must be read *and* compared within one block.
 #
 # ## 11. Where does it look?
 #
-# The weights are there to be read: row 0 of each head says where the word looks. Average them over all three-picture questions in the exam.
+# The weights are there to be read: row 0 of each head says where the word looks. Average them over
+# all three-picture questions in the exam.
 #
-# > **Predict.** The word `last` never sees how many pictures there are: its query is made before it looks at anything. How can it look at picture 3 if there is one, and at picture 2 if not?
+# > **Predict.** The word `last` never sees how many pictures there are: its query is made before it
+# > looks at anything. How can it look at picture 3 if there is one, and at picture 2 if not?
 
 
 # %% tags=["experiment"]
@@ -2197,15 +2322,24 @@ in the row last the same patch of the right one; in the row largest the weight i
 show(figure, "heads", alt)
 
 # %% [markdown]
-# *What to see.* A head has become a reader of one quarter: nearly always the same quarter whether the word says `first` or `last`; only the picture changes. Four averages carry four patches side by side, which is what one head could not do. Look at the printed favourites, too: in some runs two heads share a quarter, and nothing forbids it.
+# *What to see.* A head has become a reader of one quarter: nearly always the same quarter whether
+# the word says `first` or `last`; only the picture changes. Four averages carry four patches side
+# by side, which is what one head could not do. Look at the printed favourites, too: in some runs
+# two heads share a quarter, and nothing forbids it.
 #
-# And the riddle of `last`: its scores are highest for picture 3 and lower for picture 2. Where picture 3 is padding, the mask takes it out, and the softmax hands its weight to the next in line. Part of the answer is computed by the *mask*.
+# And the riddle of `last`: its scores are highest for picture 3 and lower for picture 2. Where
+# picture 3 is padding, the mask takes it out, and the softmax hands its weight to the next in line.
+# Part of the answer is computed by the *mask*.
 #
 # ### Looking is not depending
 #
-# A bright patch shows where a head takes its values from. It does not show what the answer depends on. To know that, **intervene**: put a handwritten 0 in the place of one picture, and count how often a right answer becomes wrong.
+# A bright patch shows where a head takes its values from. It does not show what the answer depends
+# on. To know that, **intervene**: put a handwritten 0 in the place of one picture, and count how
+# often a right answer becomes wrong.
 #
-# > **Predict.** For `largest`, take rows of three different digits. How much more does the word look at the largest one? And how often does the answer change when it is one of the *others* that becomes a 0?
+# > **Predict.** For `largest`, take rows of three different digits. How much more does the word
+# > look at the largest one? And how often does the answer change when it is one of the *others*
+# > that becomes a 0?
 
 # %% tags=["experiment"]
 different = (exam.shown.sort(dim=1).values.diff(dim=1) > 0).all(dim=1) & exam.is_token[:, -1]
@@ -2255,26 +2389,44 @@ largest, attention is spread over all digits, while most answers depend on the l
 show(figure, "intervention", alt)
 
 # %% [markdown]
-# *What to see.* For `first` and `last`, looking and depending agree (one digit in ten is a 0 already, so about 0.9 is the most to expect). For `largest` they part. When the word looks, nothing has been compared yet: keys of large digits score a little higher, no more. The decision falls afterwards, in the MLP, and leaves no trace in the map. Week 13 comes back to where such maps mislead (Jain and Wallace 2019).
+# *What to see.* For `first` and `last`, looking and depending agree (one digit in ten is a 0
+# already, so about 0.9 is the most to expect). For `largest` they part. When the word looks,
+# nothing has been compared yet: keys of large digits score a little higher, no more. The decision
+# falls afterwards, in the MLP, and leaves no trace in the map. Week 13 comes back to where such
+# maps mislead (Jain and Wallace 2019).
 
 # %% [markdown] written="map" points=3
 # ### Written question: what does the map prove?
 #
-# For `largest`, a colleague looks at one sentence, sees 45% of the attention on picture 2, and writes: "The model answered 8 because it recognised the 8 in picture 2." In three to five sentences: what does the map show, what does it not show, and which experiment, with which outcome, would support the sentence?
+# For `largest`, a colleague looks at one sentence, sees 45% of the attention on picture 2, and
+# writes: "The model answered 8 because it recognised the 8 in picture 2." In three to five
+# sentences: what does the map show, what does it not show, and which experiment, with which
+# outcome, would support the sentence?
 #
 # ### BEGIN SOLUTION
-# The map shows from which tokens the word's heads averaged their values, and how much: 45% of the weight fell on picture 2's patches. It does not show which information these values carried, nor whether the answer depends on it: they may cancel or be ignored by the output projection, the MLP and the answer layer. To support the sentence, intervene: replace picture 2 by many other digits and see whether the answer changes, and follows the new largest digit; and replace pictures 1 and 3 by other digits below 8 and see whether the answer stays 8. If the answer changes only with picture 2, it depends on it; if it stays 8 with picture 2 gone, the sentence is wrong, however bright the patch.
+# The map shows from which tokens the word's heads averaged their values, and how much: 45% of the
+# weight fell on picture 2's patches. It does not show which information these values carried, nor
+# whether the answer depends on it: they may cancel or be ignored by the output projection, the MLP
+# and the answer layer. To support the sentence, intervene: replace picture 2 by many other digits
+# and see whether the answer changes, and follows the new largest digit; and replace pictures 1 and
+# 3 by other digits below 8 and see whether the answer stays 8. If the answer changes only with
+# picture 2, it depends on it; if it stays 8 with picture 2 gone, the sentence is wrong, however
+# bright the patch.
 # ### END SOLUTION
 # ### BEGIN MARK SCHEME
-# - 1 point: says what the weights are (shares of an average of values, from the word to picture 2's patches), and no more.
-# - 1 point: says that dependence does not follow (values may cancel or be ignored later), or gives an example from the figure of section 11.
-# - 1 point: proposes an intervention on the picture (replace, blank, swap) and names the outcome that would support and the one that would refute the sentence.
+# - 1 point: says what the weights are (shares of an average of values, from the word to picture 2's
+#   patches), and no more.
+# - 1 point: says that dependence does not follow (values may cancel or be ignored later), or gives
+#   an example from the figure of section 11.
+# - 1 point: proposes an intervention on the picture (replace, blank, swap) and names the outcome
+#   that would support and the one that would refute the sentence.
 # ### END MARK SCHEME
 
 # %% [markdown]
 # ## 12. Deeper: does the place of the norm matter for learning?
 #
-# Section 8 measured gradients before training. Now train six blocks of width 32 with a high learning rate and no warm-up, the norm before or after. Same sentences, same steps, two seeds.
+# Section 8 measured gradients before training. Now train six blocks of width 32 with a high
+# learning rate and no warm-up, the norm before or after. Same sentences, same steps, two seeds.
 
 # %% tags=["experiment"]
 norm_places, deep_losses = {"post-norm": post_norm, "pre-norm, your block": pre_norm}, {}
@@ -2302,13 +2454,20 @@ pre-norm lines fall clearly below it."""
 show(figure, "warmup", alt)
 
 # %% [markdown]
-# *What to see.* Without warm-up the post-norm stack stays at guessing, while yours learns. This does not make post-norm wrong: with warm-up and a smaller rate it trains, and BERT, LayoutLM and wav2vec 2.0 base are built so. It makes it *fragile*. The size of gradients is not the whole reason, since Adam divides it out: Liu et al. 2020 show that a post-norm stack also amplifies small changes of its weights.
+# *What to see.* Without warm-up the post-norm stack stays at guessing, while yours learns. This
+# does not make post-norm wrong: with warm-up and a smaller rate it trains, and BERT, LayoutLM and
+# wav2vec 2.0 base are built so. It makes it *fragile*. The size of gradients is not the whole
+# reason, since Adam divides it out: Liu et al. 2020 show that a post-norm stack also amplifies
+# small changes of its weights.
 #
 # ## 13. Go bigger
 #
-# Set `SCALE = "gpu"`, `DEVICE = "cuda"` and `DATA = "hub"` for five MNIST pictures in each sentence, 28 by 28 pixels, 16 patches each: 81 tokens, four blocks of width 256. At `SCALE = "cpu"` the same cell runs as a rehearsal of three steps, so that it is known to work.
+# Set `SCALE = "gpu"`, `DEVICE = "cuda"` and `DATA = "hub"` for five MNIST pictures in each
+# sentence, 28 by 28 pixels, 16 patches each: 81 tokens, four blocks of width 256. At `SCALE =
+# "cpu"` the same cell runs as a rehearsal of three steps, so that it is known to work.
 #
-# Things to try: does `last` survive ten pictures? Which block does the looking? Do eight heads still beat one when there are four blocks?
+# Things to try: does `last` survive ten pictures? Which block does the looking? Do eight heads
+# still beat one when there are four blocks?
 
 # %% tags=["experiment"]
 full = SCALE == "gpu"
@@ -2328,19 +2487,27 @@ print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last")
 # %% [markdown]
 # ## What was new
 #
-# | word | meaning | what you measured |
-# |---|---|---|
-# | token | a vector in the sequence, whatever it stands for | a word and twelve patches in one row |
-# | attention | softmax($QK^\top/\sqrt K$)$V$: each query's own average of the values | equal to PyTorch's to float32's rounding |
-# | $\sqrt K$ | keeps scores at variance 1 | the only scaling whose gradient does not depend on the width |
-# | equivariance | shuffled in, shuffled out | without positions, `first` is a guess |
-# | mask | `True` = may attend; hides columns | padding changes nothing; a row that sees nothing is NaN |
-# | head | a slice of the width with its own softmax | four heads against one |
-# | cost | projections and MLP like $L$, mixing like $L^2$ | slopes on the clock |
-# | pre-norm block | sublayers read through a norm and add to a free stream | last gradient like $1/\sqrt{\text{depth}}$; learns without warm-up |
-# | training loop | loss, clear, backward, step | everything above |
+# | idea | in one line | what you measured | where it stands in `mmlearn` |
+# |---|---|---|---|
+# | token | a vector in the sequence, whatever it stands for | a word and twelve patches in one row | `text.TokenEmbedding`, `vision.PatchEmbedding` |
+# | attention | softmax($QK^\top/\sqrt K$)$V$: each query's own average of the values | equal to PyTorch's to float32's rounding | `transformer.attention` |
+# | $\sqrt K$ | keeps scores at variance 1 | the only scaling whose gradient does not depend on the width | `transformer.attention` |
+# | equivariance | shuffled in, shuffled out | without positions, `first` is a guess | `transformer.sinusoidal_positions` |
+# | mask | `True` = may attend; hides columns | padding changes nothing; a row that sees nothing is NaN | `transformer.check_mask`, `causal_mask` |
+# | head | a slice of the width with its own softmax | four heads against one | `transformer.Attention` |
+# | cost | projections and MLP like $L$, mixing like $L^2$ | slopes on the clock | |
+# | pre-norm block | sublayers read through a norm and add to a free stream | last gradient like $1/\sqrt{\text{depth}}$; learns without warm-up | `transformer.Block(norm="pre")` |
+# | training loop | loss, clear, backward, step | everything above | `train.fit` |
 #
-# `mmlearn.transformer` holds the same parts, faster and with their errors named; `mmlearn.train.fit` is your loop with a schedule, clipping and a progress bar. From next week you import them.
+# `mmlearn` holds the same parts, faster and with their errors named; `train.fit` is your loop with
+# a schedule, clipping and a progress bar. From next week you import them.
+#
+# **Beside the paper.** Vaswani 2017, table 3, rows A: translation with 8 heads reaches 25.8 BLEU,
+# with one head of the same total width 24.9. You saw a far larger gap between one head and four,
+# about ten points of accuracy. Three differences explain it: their model has six layers of encoder
+# and six of decoder, so what one average blurs, the next layer can fetch again, and yours has a
+# single block; your word needs four patches *side by side* in that block, by design; and BLEU and
+# accuracy are different scales. What carries over is the reason, not the size.
 
 # %% [markdown]
 # ## Three interview questions
@@ -2349,9 +2516,15 @@ print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last")
 #
 # <details><summary>Answer</summary>
 #
-# Components of mean 0 and variance 1 give a dot product of variance $d_k$. At $d_k = 64$ scores have a standard deviation of 8, and the softmax typically puts most of its weight on one key, where its derivative $p_i(\delta_{ij} - p_j)$ is close to 0: many queries get almost no gradient, a few a huge one. Dividing by $\sqrt{d_k} = 8$ brings the standard deviation back to 1 for any width. Dividing by $d_k$ would overshoot: nearly uniform weights. (Vaswani 2017, section 3.2.1, footnote 4; figure of section 3.)
+# Components of mean 0 and variance 1 give a dot product of variance $d_k$. At $d_k = 64$ scores
+# have a standard deviation of 8, and the softmax typically puts most of its weight on one key,
+# where its derivative $p_i(\delta_{ij} - p_j)$ is close to 0: many queries get almost no gradient,
+# a few a huge one. Dividing by $\sqrt{d_k} = 8$ brings the standard deviation back to 1 for any
+# width. Dividing by $d_k$ would overshoot: nearly uniform weights. (Vaswani 2017, section 3.2.1,
+# footnote 4; figure of section 3.)
 #
-# *Often wrong:* "so that the weights sum to one" (softmax does that), "for numerical overflow" (softmax subtracts the maximum).
+# *Often wrong:* "so that the weights sum to one" (softmax does that), "for numerical overflow"
+# (softmax subtracts the maximum).
 #
 # </details>
 #
@@ -2359,30 +2532,56 @@ print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last")
 #
 # <details><summary>Answer</summary>
 #
-# Tokens: $(224/14)^2 + 1 = 257$, $(336/14)^2 + 1 = 577$, 2.25 times as many. With $D = 1024$ and $F = 4D$ a block takes $12LD^2$ multiplications for projections and MLP, and $2L^2D$ for the mixing. The first grows 2.25 times, the second 5.04 times. The mixing's share relative to the rest is $L/6D$: 4.2% before, 9.4% after, so the block costs 2.36 times as much in all. The square matters only near $L = 6D = 6144$ tokens; memory for stored weights ($4HL^2$ bytes in float32 a sequence and layer) hurts earlier, and a fused kernel avoids it. (Section 7; Dao 2022, section 3.1.)
+# Tokens: $(224/14)^2 + 1 = 257$, $(336/14)^2 + 1 = 577$, 2.25 times as many. With $D = 1024$ and $F =
+# 4D$ a block takes $12LD^2$ multiplications for projections and MLP, and $2L^2D$ for the mixing.
+# The first grows 2.25 times, the second 5.04 times. The mixing's share relative to the rest is
+# $L/6D$: 4.2% before, 9.4% after, so the block costs 2.36 times as much in all. The square matters
+# only near $L = 6D = 6144$ tokens; memory for stored weights ($4HL^2$ bytes in float32 a sequence
+# and layer) hurts earlier, and a fused kernel avoids it. (Section 7; Dao 2022, section 3.1.)
 #
 # *Often wrong:* "attention is quadratic, so 5 times the cost".
 #
 # </details>
 #
-# **3. (deep) You batch sentences with different numbers of pictures. How do you make sure that padding has no influence, and how do you test it?**
+# **3. (deep) You batch sentences with different numbers of pictures. How do you make sure that
+# padding has no influence, and how do you test it?**
 #
 # <details><summary>Answer</summary>
 #
-# A boolean mask `[B, 1, 1, L]` that hides padded *keys* in every layer: scores become $-\infty$ before the softmax. Padded queries may compute what they like, as long as nobody reads them; a row that sees no key is NaN. Pool only over real tokens, and take the loss only there. Test the law: the same sentence alone and padded, with *random* values in the padding, must agree to about 1e-6 in float32, outputs and gradients. Mind whose convention you are in: in PyTorch's `scaled_dot_product_attention` `True` means may attend, in `nn.MultiheadAttention`'s `key_padding_mask` it means hidden. (Sections 5 and 6.)
+# A boolean mask `[B, 1, 1, L]` that hides padded *keys* in every layer: scores become $-\infty$
+# before the softmax. Padded queries may compute what they like, as long as nobody reads them; a row
+# that sees no key is NaN. Pool only over real tokens, and take the loss only there. Test the law:
+# the same sentence alone and padded, with *random* values in the padding, must agree to about 1e-6
+# in float32, outputs and gradients. Mind whose convention you are in: in PyTorch's
+# `scaled_dot_product_attention` `True` means may attend, in `nn.MultiheadAttention`'s
+# `key_padding_mask` it means hidden. (Sections 5 and 6.)
 #
-# *Often wrong:* "padding is zero, so it adds nothing" (a score of 0 has weight $e^0$, and after one layer padding is not zero any more).
+# *Often wrong:* "padding is zero, so it adds nothing" (a score of 0 has weight $e^0$, and after one
+# layer padding is not zero any more).
 #
 # </details>
 
 # %% [markdown]
 # ## Papers
 #
-# - Vaswani et al. 2017, *Attention Is All You Need*, arXiv 1706.03762. Section 3.2.1, equation 1 and footnote 4: the formula and the root. Section 3.2.2: heads. Section 3.5: positions. Table 3, rows A: the number of heads.
-# - Xiong et al. 2020, *On Layer Normalization in the Transformer Architecture*, arXiv 2002.04745. Theorem 1 in section 3.3; figure 3 and section 3.4: the measurement that you repeated.
-# - Liu et al. 2020, *Understanding the Difficulty of Training Transformers*, arXiv 2004.08249. Abstract: why unequal gradients are not the whole story.
-# - Raffel et al. 2020, *Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer*, arXiv 1910.10683. Section 3.2.1, figure 3: full, causal and prefix masks.
-# - Dosovitskiy et al. 2021, *An Image is Worth 16x16 Words*, arXiv 2010.11929. Section 3.1: patches as tokens.
-# - Dao et al. 2022, *FlashAttention*, arXiv 2205.14135. Section 3.1: the same numbers without storing the weights.
-# - Loshchilov and Hutter 2019, *Decoupled Weight Decay Regularization*, arXiv 1711.05101. Algorithm 2: AdamW.
-# - Jain and Wallace 2019, *Attention is not Explanation*, arXiv 1902.10186, and the answer by Wiegreffe and Pinter 2019, *Attention is not not Explanation*, arXiv 1908.04626.
+# - Vaswani et al. 2017, [Attention Is All You Need](https://arxiv.org/abs/1706.03762). Section
+#   3.2.1, equation 1 and footnote 4: the formula and the root. Section 3.2.2: heads. Section 3.5:
+#   positions. Table 3: rows A, the number of heads; row E, learned positions.
+# - Xiong et al. 2020, [On Layer Normalization in the Transformer
+#   Architecture](https://arxiv.org/abs/2002.04745). Theorem 1 in section 3.3; figure 3 and section
+#   3.4: the measurement that you repeated.
+# - Liu et al. 2020, [Understanding the Difficulty of Training
+#   Transformers](https://arxiv.org/abs/2004.08249). Abstract: why unequal gradients are not the
+#   whole story.
+# - Raffel et al. 2020, [Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+#   Transformer](https://arxiv.org/abs/1910.10683). Section 3.2.1, figure 3: full, causal and prefix
+#   masks.
+# - Dosovitskiy et al. 2021, [An Image is Worth 16x16 Words](https://arxiv.org/abs/2010.11929).
+#   Section 3.1: patches as tokens.
+# - Dao et al. 2022, [FlashAttention](https://arxiv.org/abs/2205.14135). Section 3.1: the same
+#   numbers without storing the weights.
+# - Loshchilov and Hutter 2019, [Decoupled Weight Decay
+#   Regularization](https://arxiv.org/abs/1711.05101). Algorithm 2: AdamW.
+# - Jain and Wallace 2019, [Attention is not Explanation](https://arxiv.org/abs/1902.10186), and the
+#   answer by Wiegreffe and Pinter 2019, [Attention is not not
+#   Explanation](https://arxiv.org/abs/1908.04626).
