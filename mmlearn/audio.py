@@ -1,8 +1,8 @@
 """From a sound wave to tokens: frames, Fourier transform, mel scale, logarithm, patches.
 
 A microphone writes 16,000 numbers a second; no encoder reads those one by one. Nor does the ear:
-it splits sound by frequency, hears equal ratios as equal steps, and loudness as a logarithm. The
-log-mel spectrogram copies the three, in this order:
+it splits sound by frequency, hears equal ratios as equal steps (above about 1,000 Hz; below, equal
+differences), and loudness as a logarithm. The log-mel spectrogram copies the three, in this order:
 
     waveform --frames, window, Fourier--> power of each frequency, 100 times a second
              --mel filterbank-----------> power of 80 or so bands, narrow below, wide above

@@ -38,6 +38,8 @@ class MeanAndSpread(NamedTuple):
     spread: float
 
     def __str__(self) -> str:
+        if math.isnan(self.spread):
+            return f"{self.mean:.3f} (one run)"
         return f"{self.mean:.3f} ± {self.spread:.3f}"
 
 

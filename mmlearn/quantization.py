@@ -27,8 +27,9 @@ class GumbelQuantizer(nn.Module):
        {\sum_k \exp\big((l_{g,k} + n_k) / \tau\big)}, \qquad n = -\log(-\log u),\; u \sim U(0, 1) $$
 
     Forward, the largest p decides (the Gumbel noise makes that a draw from softmax(l)). Backward,
-    the gradient goes through p as if it had been used: the straight-through estimator, biased, the
-    less so the lower the temperature τ, but the noisier. In evaluation: the largest l, no noise.
+    the gradient goes through p as if it had been used: the straight-through estimator. It is
+    biased; a lower temperature τ makes it noisier, and less biased only where the loss is at most
+    quadratic in the code (week 7 measures both). In evaluation: the largest l, no noise.
 
     G small codebooks instead of one: 2 × 320 entries name 102,400 sounds.
 

@@ -16,7 +16,7 @@ def attention(
     queries: Float[Tensor, "*batch L K"],
     keys: Float[Tensor, "*batch S K"],
     values: Float[Tensor, "*batch S Kv"],
-    mask: Bool[Tensor, "*#batch #L S"] | None = None,
+    mask: Bool[Tensor, "*#batch #L S"] | Float[Tensor, "*#batch #L S"] | None = None,
 ) -> tuple[Float[Tensor, "*batch L Kv"], Float[Tensor, "*batch L S"]]:
     r"""Mix the values, weighted by how well each key answers each query.
 
@@ -26,6 +26,9 @@ def attention(
     softmax does not saturate. This is the formula as written; `Attention` calls PyTorch's fused
     kernel, which returns the same numbers without storing the weights.
 
+    A mask of numbers is added to the scores, as LayoutLMv2 adds what it learns about distances;
+    there minus infinity hides a key.
+
     Returns: the mixed values, and the weights, whose rows sum to 1.
     Raises: ValueError where the mask lets a query see no key: its softmax has no meaning.
     Notation: our K is the paper's d_k.
@@ -33,8 +36,9 @@ def attention(
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
     if mask is not None:
-        check_mask(mask)
-        scores = scores.masked_fill(~mask, -torch.inf)
+        hides = mask.dtype == torch.bool
+        check_mask(mask if hides else mask > -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf) if hides else scores + mask
     weights = scores.softmax(dim=-1)
     return weights @ values, weights
 
@@ -109,7 +113,7 @@ class Attention(nn.Module):
         self,
         x_BLD: Float[Tensor, "B L D"],
         context_BSD: Float[Tensor, "B S Dc"] | None = None,
-        mask: Bool[Tensor, "#B #H #L S"] | None = None,
+        mask: Bool[Tensor, "#B #H #L S"] | Float[Tensor, "#B #H #L S"] | None = None,
         causal: bool = False,
         need_weights: bool = False,
     ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B H L S"] | None]:
@@ -121,7 +125,10 @@ class Attention(nn.Module):
 
         if causal and (mask is not None or need_weights):
             triangle = causal_mask(x_BLD.shape[1], x_BLD.device)[None, None]
-            mask, causal = triangle if mask is None else triangle & mask, False
+            if mask is not None and mask.dtype != torch.bool:
+                mask, causal = mask.masked_fill(~triangle, -torch.inf), False
+            else:
+                mask, causal = triangle if mask is None else triangle & mask, False
 
         if need_weights:
             mixed_BHLK, weights_BHLS = attention(queries_BHLK, keys_BHSK, values_BHSK, mask)
@@ -243,7 +250,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        mask: Bool[Tensor, "#B #H #L S"] | None = None,
+        mask: Bool[Tensor, "#B #H #L S"] | Float[Tensor, "#B #H #L S"] | None = None,
         causal: bool = False,
         context: Float[Tensor, "B Sc Dc"] | None = None,
         context_mask: Bool[Tensor, "#B #H #L Sc"] | None = None,
@@ -308,7 +315,7 @@ class Encoder(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        mask: Bool[Tensor, "#B #H #L L"] | None = None,
+        mask: Bool[Tensor, "#B #H #L L"] | Float[Tensor, "#B #H #L L"] | None = None,
         causal: bool = False,
     ) -> Float[Tensor, "B L D"]:
         for block in self.blocks:

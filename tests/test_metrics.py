@@ -277,6 +277,7 @@ def test_the_spread_divides_by_one_run_less():
 def test_one_run_has_no_spread_and_none_or_a_failed_one_is_refused():
     assert mean_and_spread([0.9]).mean == 0.9
     assert math.isnan(mean_and_spread([0.9]).spread)
+    assert str(mean_and_spread([0.9])) == "0.900 (one run)"
     for values in ([], [0.9, math.nan]):
         with pytest.raises(ValueError, match="one number for each run"):
             mean_and_spread(values)

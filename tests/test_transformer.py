@@ -71,6 +71,24 @@ def test_weights_of_every_query_sum_to_one_and_hidden_keys_get_none():
     assert (weights[..., 3] == 0).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_mask_of_numbers_is_added_to_the_scores(causal, need_weights):
+    torch.manual_seed(0)
+    layer, x, bias = Attention(8, 2), torch.randn(3, 5, 8), torch.randn(3, 1, 5, 5)
+    bias[:, :, 1:, 0] = -torch.inf  # the first query keeps its key
+    scores = layer._split_heads(layer.q_proj(x)) @ layer._split_heads(layer.k_proj(x)).mT / 2 + bias
+    if causal:
+        scores = scores.masked_fill(~causal_mask(5), -torch.inf)
+    mixed = scores.softmax(dim=-1) @ layer._split_heads(layer.v_proj(x))
+    right = layer.out_proj(mixed.transpose(1, 2).flatten(2))
+    states, weights = layer(x, mask=bias, causal=causal, need_weights=need_weights)
+    assert torch.allclose(states, right, **CLOSE)
+    assert weights is None or torch.allclose(weights, scores.softmax(dim=-1), **CLOSE)
+    encoder = Encoder(2, 8, 2, 16)
+    assert encoder(x, bias, causal).shape == x.shape
+
+
 def test_a_mask_that_hides_everything_from_a_query_is_refused_by_its_index():
     mask = torch.ones(2, 1, 4, 5, dtype=torch.bool)
     mask[1, 0, 2] = False

@@ -54,7 +54,13 @@ def test_every_exercise_is_proved(verification):
 
 
 # Counted or trained: no tensor is handed to the answer. Refused: nothing is compared.
-NO_TENSOR_TO_EMPTY = {"block_cost", "train", "read_end-refusal"}
+NO_TENSOR_TO_EMPTY = {
+    *("block_cost", "train", "read_end-refusal"),  # weeks 1 and 3
+    *("learn_merges", "apply_merges", "mel_filterbank"),  # week 2
+    "interpolate",  # week 4 hands over dictionaries
+    *("normalise", "entities", "place-tables"),  # week 5
+    *("geometry", "cooling"),  # weeks 6 and 7
+}
 EMPTIES_ITS_INPUTS = """
 def _emptied(call):
     import torch
