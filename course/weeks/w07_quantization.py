@@ -127,18 +127,22 @@ def gumbel_max(logits_NV, uniform_NV):
     ### END SOLUTION
 
 
-# %% check="gumbel_max" aspect="example" points=1 title="three rows that you can work by hand"
+# %% check="gumbel_max" aspect="example" points=1 title="four rows that you can work by hand"
 import math
 import torch
 from mmlearn.feedback import expect
 
-# u = exp(-exp(-n)) has the noise n: here 0, 1, -1 and 0.5.
-noises = torch.tensor([[0.0, 1.0], [1.0, -1.0], [0.0, 0.5]])
+# u = exp(-exp(-n)) has the noise n: here 2 and -1 in the first row.
+noises = torch.tensor([[2.0, -1.0], [0.0, -1.0], [-1.0, 0.5], [2.0, 0.5]])
 expect(
     "w07_quantization/gumbel_max/hand",
-    gumbel_max(torch.tensor([[0.5, 0.0], [0.0, 1.5], [0.4, 0.0]]), torch.exp(-torch.exp(-noises))),
-    torch.tensor([1, 0, 1]),
-    "With the noise the rows are (0.5, 1), (1, 0.5) and (0.4, 0.5): the larger stands at 1, 0, 1.",
+    gumbel_max(
+        torch.tensor([[-0.5, 0.0], [0.0, -0.5], [0.0, -1.0], [0.0, -1.0]]),
+        torch.exp(-torch.exp(-noises)),
+    ),
+    torch.tensor([0, 0, 1, 0]),
+    "With the noise the rows are (1.5, -1), (0, -1.5), (-1, -0.5) and (2, -0.5): the larger stands "
+    "at 0, 0, 1, 0.",
 )
 ### BEGIN HIDDEN TESTS
 draw = torch.Generator().manual_seed(11)
