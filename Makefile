@@ -13,7 +13,7 @@ WEEK ?=
 # Up to four processes with one torch thread each, a whole file to one, for the sake of what its tests
 # share. For pdb, one process: make test PYTEST_WORKERS=0
 PYTEST_WORKERS ?= logical
-PYTEST := $(PY) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 --dist loadfile
+PYTEST := $(PY) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test lab build check verify slides lint format clean bench constraints
 

@@ -180,9 +180,10 @@ def test_a_visible_check_shows_what_it_compares_and_nothing_of_its_hidden_region
 @pytest.mark.parametrize("name", ["w99_sample", *week_names()])
 def test_no_line_of_a_hidden_region_and_no_message_of_its_asserts_is_on_any_page(name):
     def secret(code):
-        visible = {"".join(line.split()) for line in everything_visible.split("\n")}
+        # Part of a line that the student may read anyway is no secret either.
+        visible = "\n".join("".join(line.split()) for line in everything_visible.split("\n"))
         lines = {"".join(line.split()) for line in code.split("\n")}
-        return {line for line in lines - visible if len(line) > 12}
+        return {line for line in lines if len(line) > 12 and line not in visible}
 
     checks = [c for e in week(name).exercises.values() for c in e.checks]
     released = solved(week(name))
@@ -202,7 +203,7 @@ def test_no_line_of_a_hidden_region_and_no_message_of_its_asserts_is_on_any_page
     for line in secret("\n".join(c.hidden for c in checks)):
         assert line not in squeezed, line
     for message in messages:
-        assert message not in page.text, message
+        assert message in everything_visible or message not in page.text, message
 
 
 def test_the_message_of_an_error_raised_on_a_hidden_input_is_kept_back():

@@ -575,8 +575,8 @@ return 1
 
 
 def comparable(outputs):
-    """Outputs without what differs from run to run: addresses, file names, and the order between
-    the streams, which a kernel sends as they fill."""
+    """Outputs without what differs from run to run: addresses, file names, how a path in the home
+    is written, and the order between the streams, which a kernel sends as they fill."""
     said = {"stdout": "", "stderr": ""}
     others = []
     for output in outputs:
@@ -588,6 +588,7 @@ def comparable(outputs):
             output["data"] = {**output["data"], kind: output["data"][kind].strip()}
         others.append(output)
     text = re.sub(r"0x[0-9a-f]+", "0x", json.dumps([said, others], sort_keys=True))
+    text = text.replace(str(Path.home()), "~")  # the kernel's home, but not the shell's
     text = re.sub(r"/tmp/ipykernel_\d+/\d+\.py|ipython-input-[\w-]+\.py", "CELL", text)
     return json.loads(re.sub(r"\((\d+\.py|CELL), line", "(CELL, line", text))
 
