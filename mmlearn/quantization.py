@@ -67,7 +67,9 @@ def perplexity(shares: Float[Tensor, "frames G V"]) -> Float[Tensor, ""]:
     Source: Baevski et al. 2020, equation 4 in the form of its footnote, which is fairseq's code.
     """
     mean_GV = shares.mean(dim=0)
-    return torch.exp(-torch.xlogy(mean_GV, mean_GV).sum(dim=-1)).sum()
+    # 0 log 0 is 0, but its slope is infinite, and infinity times the softmax's 0 is NaN.
+    log_GV = mean_GV.clamp(min=torch.finfo(mean_GV.dtype).tiny).log()
+    return torch.exp(-(mean_GV * log_GV).sum(dim=-1)).sum()
 
 
 def gumbel_temperature(

@@ -73,3 +73,11 @@ def test_the_temperature_falls_from_2_to_its_end():
     assert gumbel_temperature(100_000) == pytest.approx(2 * math.exp(-0.5), rel=1e-5)
     assert gumbel_temperature(10**7) == 0.5
     assert gumbel_temperature(10**7, end=0.1) == 0.1
+
+
+def test_a_share_of_exactly_zero_leaves_the_gradient_of_perplexity_finite():
+    logits = torch.tensor([[[300.0, 0.0, -300.0]]], requires_grad=True)
+    shares = logits.softmax(dim=-1)
+    assert (shares == 0).any()
+    perplexity(shares).backward()
+    assert logits.grad.isfinite().all()
