@@ -18,7 +18,6 @@ from course.build import solution_notebook
 from course.decks import (
     check_figures,
     decks_folder,
-    figures_of,
     find_marp,
     kept_run,
     make_slides,
@@ -440,19 +439,6 @@ def deck(request):
 
 def test_every_week_has_a_deck():
     assert [path.stem for path in DECKS] == week_names()
-
-
-@pytest.mark.parametrize("name", week_names())
-def test_a_week_shows_its_figures_where_a_notebook_displays_them(name):
-    week = read_week(name)
-    assert len(figures_of(week)) >= 4
-    for cell in week.given:
-        lines = cell.text.rstrip().split("\n")
-        if calls := [line for line in lines if re.match(r"\s*show\(", line)]:
-            last = "\n".join(lines[lines.index(calls[-1]) :])
-            assert len(calls) == 1, f"line {cell.line}: one figure a cell"
-            assert calls[0].startswith("show("), f"line {cell.line}: show is not at the top level"
-            compile(last, name, "eval")  # one expression, and nothing after it
 
 
 def test_a_deck_shows_figures_of_its_week(deck):
